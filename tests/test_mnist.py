@@ -181,8 +181,15 @@ def test_run_learns_and_leaves_everything_in_its_folder(tmp_path, capsys):
     assert saved["versions"]["torch"] == torch.__version__
     assert 0 < saved["seconds_per_epoch"] * 4 < saved["seconds"]
 
-    for path in run_dir.glob("*.png"):
-        assert cv2.imread(str(path)).std() > 10, f"{path.name} is blank"
+    for name, images, index in [
+        ("first_training_image.png", CONTENTS[TRAIN_IMAGES], 0),
+        ("test_image_20.png", CONTENTS[TEST_IMAGES], 20),
+    ]:
+        image = np.frombuffer(images[16 + index * 784 :][:784], np.uint8).reshape(28, 28)
+        enlarged = np.kron(255 - image, np.ones((12, 12), np.uint8))
+        drawn = cv2.imread(str(run_dir / name), cv2.IMREAD_GRAYSCALE)[12:348, 12:348]
+        assert np.array_equal(drawn, enlarged), name
+    assert cv2.imread(str(run_dir / "most_wrong.png")) is not None
 
     printed = capsys.readouterr().out
     label = CONTENTS[TRAIN_LABELS][8]
@@ -531,7 +538,7 @@ def test_most_wrong_shows_25_at_most_and_none_where_all_is_right():
 
 def test_test_image_says_right_and_wrong(monkeypatch):
     drawn = []
-    monkeypatch.setattr(mnist, "draw_digit", lambda image, lines, *rest: drawn.append((lines, rest)))
+    monkeypatch.setattr(mnist, "draw_digit", lambda _, lines, *rest: drawn.append((lines, rest)))
     odds = torch.tensor([0.0, 0, 0, 0.75, 0, 0, 0, 0, 0.25, 0])
     image = np.zeros((28, 28), np.uint8)
     mnist.draw_test_image(image, 3, odds)

@@ -1,34 +1,36 @@
-"""Times a2c_breakout.py under torchrun with 1 and 2 ranks, and works out on paper what more ranks would give.
+"""Times a2c_breakout.py under torchrun with 1 and 2 ranks, and works out what more would give.
 
     python benchmarks/breakout_ranks.py                              # 5 rounds, some 8 minutes
     python benchmarks/breakout_ranks.py --rounds 1 --updates 20 --results /tmp/try
 
-First part, measured: 16 environments on this machine, owned by one rank or shared by two (gloo; the
-cores are shared too, so on one machine two ranks can only lose: this is the price of the averaging).
-The two take turns; what counts is the median over the rounds of the ratio within a round.
+First part, measured: 16 environments on this machine, owned by one rank or shared by two (gloo),
+with the same cores in all. The averaging costs time; but one rank's emulators can use a core
+while the other rank's network does not. The two take turns; what counts is the median over the
+rounds of the ratio within a round.
 
-Second part, on paper: n machines with one rank each, 16 environments a rank, the gradients averaged by
-a ring all-reduce. The time of one update is
+Second part, on paper: n machines with one rank each, 16 environments a rank, the gradients
+averaged by a ring all-reduce. The time of one update is
 
-    T(n) = E[slowest of n (rollout + update)] + packing + 2(n-1)/n (local + bytes/bandwidth) + 2(n-1) latency
+    T(n) = slowest(n) + packing + 2(n-1)/n (local + bytes/bandwidth) + 2(n-1) latency
 
-    rollout, update   measured here by one rank with all cores. All ranks wait for the slowest: the expected
-                      maximum of n draws from the measured times. Games that start anew make some rollouts
-                      longer; a noisy machine makes this term too large.
-    packing           measured: the gradients into one tensor and back out of it
-    local             measured: all-reducing that tensor between two ranks of this machine, where 2(n-1)/n
-                      is 1: the memory traffic and gloo's own work, added to the network's time though in
-                      part the two would overlap
-    bandwidth         10 or 100 Gbit/s, of which nothing is lost
-    latency           of each of the ring's 2(n-1) messages, 50 microseconds unless --latency says otherwise
+    slowest     rollout and update, measured here by one rank with all cores; all ranks wait for the
+                slowest: the expected maximum of n draws from the measured times. Games that start
+                anew make some rollouts longer; a noisy machine makes this term too large.
+    packing     measured: the gradients into one tensor and back out of it
+    local       measured: all-reducing that tensor between two ranks of this machine, where
+                2(n-1)/n is 1: the memory traffic and gloo's own work, added to the network's time
+                though in part the two would overlap
+    bandwidth   10 or 100 Gbit/s, of which nothing is lost
+    latency     of each of the ring's 2(n-1) messages, 50 microseconds unless --latency says so
 
-From n = 2 on more ranks always bring more timesteps a second, but less and less: the bound is one update
-in 2 n latency. Adding ranks is taken to stop paying at the n from which twice the ranks bring less than
-1.5 times the timesteps a second. That is speed alone: an update of n ranks is one gradient step, however
-many transitions it averages, so how much the agent learns per timestep falls earlier than that.
+More ranks bring more timesteps a second, but less and less: the latency alone bounds them to 16 *
+5 timesteps in 2 latency. Adding ranks is taken to stop paying at the n from which twice the ranks
+bring less than 1.5 times the timesteps a second. That is speed alone: n ranks still make one
+gradient step of all their transitions, so what the agent learns per timestep begins to fall much
+earlier.
 
-Raw measurements in benchmarks/results/breakout_ranks.csv: seconds of one update of a training run, or of
-one rollout, update, all-reduce or averaging (packing and all-reduce together).
+Raw measurements in benchmarks/results/breakout_ranks.csv: seconds of one update of a training
+run, or of one rollout, update, all-reduce or averaging (packing and all-reduce together).
 """
 
 import argparse
@@ -75,12 +77,17 @@ def time_pieces(updates: int) -> dict[str, list[float]]:
                 envs.step(t)
             with torch.no_grad():
                 last_values, _ = network(storage.observations[-1])
-            returns = a2c_breakout.compute_returns(storage.rewards, storage.masks, last_values, 0.99)
+            returns = a2c_breakout.compute_returns(
+                storage.rewards, storage.masks, last_values, 0.99
+            )
             seconds["rollout"].append(time.perf_counter() - started)
 
             started = time.perf_counter()
             value_loss, policy_loss, entropy = a2c_breakout.compute_losses(
-                network, storage.observations[:-1].flatten(0, 1), storage.actions.flatten(), returns.flatten()
+                network,
+                storage.observations[:-1].flatten(0, 1),
+                storage.actions.flatten(),
+                returns.flatten(),
             )
             optimizer.zero_grad()
             (0.5 * value_loss + policy_loss - 0.01 * entropy).backward()
@@ -125,7 +132,14 @@ MEASURED = {"pieces": time_pieces, "averaging": time_averaging}
 
 def torchrun(ranks: int, *command) -> None:
     """Runs a script in so many ranks, which share the cores."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        ranks,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, CORES // ranks))}
     command = [str(word) for word in (*launcher, *command)]
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
@@ -135,7 +149,16 @@ def time_training(ranks: int, updates: int) -> float:
     """Seconds of one update of a2c_breakout.py, without its start-up."""
     with tempfile.TemporaryDirectory() as folder:
         timesteps = updates * NUM_ENVS * NUM_STEPS
-        flags = ["--num-envs", NUM_ENVS, "--total-timesteps", timesteps, "--device", "cpu", "--runs-dir", folder]
+        flags = [
+            "--num-envs",
+            NUM_ENVS,
+            "--total-timesteps",
+            timesteps,
+            "--device",
+            "cpu",
+            "--runs-dir",
+            folder,
+        ]
         torchrun(ranks, ROOT / "a2c_breakout.py", *flags)
         (result,) = Path(folder).glob("*/result.json")
         return NUM_ENVS * NUM_STEPS / json.loads(result.read_text())["steps_per_second"]
@@ -156,7 +179,10 @@ def run_rounds(args: argparse.Namespace) -> list[tuple[int, str, int, float]]:
         for ranks in (1, 2):
             seconds = time_training(ranks, args.updates)
             rows.append((number, "training", ranks, seconds))
-            print(f"round {number}: {ranks} rank{'s' * (ranks > 1)}, {1 / seconds:.2f} updates/s", flush=True)
+            print(
+                f"round {number}: {ranks} rank{'s' * (ranks > 1)}, {1 / seconds:.2f} updates/s",
+                flush=True,
+            )
         for ranks, what in enumerate(MEASURED, start=1):
             for name, times in measure(what, ranks, args.updates).items():
                 rows += [(number, name, ranks, seconds) for seconds in times[WARM_UP:]]
@@ -172,21 +198,27 @@ def expected_maximum(times: list[float], n: int) -> float:
     return sum(x * (((i + 1) / m) ** n - (i / m) ** n) for i, x in enumerate(sorted(times)))
 
 
-def update_seconds(n: int, bandwidth: float, latency: float, times: dict[str, list[float]]) -> float:
+def update_seconds(
+    n: int, bandwidth: float, latency: float, times: dict[str, list[float]]
+) -> float:
     """T(n) of the module docstring."""
-    slowest = expected_maximum([rollout + update for rollout, update in zip(times["rollout"], times["update"])], n)
+    own_work = [rollout + update for rollout, update in zip(times["rollout"], times["update"])]
+    slowest = expected_maximum(own_work, n)
     if n == 1:
         return slowest
     local = statistics.median(times["all-reduce"])
     packing = max(0.0, statistics.median(times["averaging"]) - local)
-    return slowest + packing + 2 * (n - 1) / n * (local + 4 * PARAMETERS / bandwidth) + 2 * (n - 1) * latency
+    transfer = local + 4 * PARAMETERS / bandwidth
+    return slowest + packing + 2 * (n - 1) / n * transfer + 2 * (n - 1) * latency
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=200, help="in each measurement")
-    parser.add_argument("--latency", type=float, default=50e-6, help="seconds for each message of the ring")
+    parser.add_argument(
+        "--latency", type=float, default=50e-6, help="seconds for each message of the ring"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--measure", choices=MEASURED, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -203,12 +235,16 @@ def main() -> None:
         writer.writerow(["round", "what", "ranks", "seconds"])
         writer.writerows((*row, f"{seconds:.6f}") for *row, seconds in rows)
 
-    training = {(number, ranks): seconds for number, what, ranks, seconds in rows if what == "training"}
-    print(f"\nMeasured: {NUM_ENVS} environments, {CORES} cores, {args.rounds} rounds, medians")
+    training = {
+        (number, ranks): seconds for number, what, ranks, seconds in rows if what == "training"
+    }
+    print(f"\nMeasured: {NUM_ENVS} environments, {CORES} cores, medians over rounds: {args.rounds}")
     for ranks in (1, 2):
         seconds = statistics.median(training[number, ranks] for number in range(args.rounds))
         print(f"  {ranks} rank{'s' * (ranks > 1):1}  {1 / seconds:6.2f} updates/s")
-    ratio = statistics.median(training[number, 1] / training[number, 2] for number in range(args.rounds))
+    ratio = statistics.median(
+        training[number, 1] / training[number, 2] for number in range(args.rounds)
+    )
     print(f"  2 ranks reach {ratio:.2f} of the updates/s of 1")
     times = defaultdict(list)
     for _, what, _, seconds in rows:
@@ -216,19 +252,19 @@ def main() -> None:
     for what in ("rollout", "update", "all-reduce", "averaging"):
         print(f"  {what:10} {1000 * statistics.median(times[what]):7.2f} ms")
 
-    print(f"\nOn paper: {NUM_ENVS} environments and a machine of {CORES} cores for each rank, "
-          f"{4 * PARAMETERS / 1e6:.2f} MB of gradients, {args.latency * 1e6:.0f} microseconds a message")  # fmt: skip
+    print(f"\nOn paper: {NUM_ENVS} environments and a machine of {CORES} cores for each rank,")
+    print(f"{4 * PARAMETERS / 1e6:.2f} MB of gradients, {args.latency * 1e6:.0f} us a message")
     for network, bandwidth in NETWORKS.items():
         T = {n: update_seconds(n, bandwidth, args.latency, times) for n in (1, 2, 8, 64, 512)}
         for n, seconds in T.items():
             speed = n * NUM_ENVS * NUM_STEPS / seconds
-            print(f"  {network:10} {n:4} ranks: {1000 * seconds:7.1f} ms an update, {speed:9,.0f} steps/s, "
-                  f"{T[1] / seconds:4.0%} of {n} times one rank")  # fmt: skip
+            print(f"  {network:10}  n = {n:3}: {1000 * seconds:7.1f} ms an update, "
+                  f"{speed:9,.0f} steps/s, {T[1] / seconds:4.0%} of n times one rank")  # fmt: skip
         # Twice the ranks do 2 T(n) / T(2n) times as many timesteps a second.
         enough = next(n for n in itertools.count(1)
                       if 2 * update_seconds(n, bandwidth, args.latency, times)
                       < 1.5 * update_seconds(2 * n, bandwidth, args.latency, times))  # fmt: skip
-        print(f"  {network:10} from {enough} ranks on, twice as many bring less than 1.5 times the steps/s")
+        print(f"  {network:10}  from n = {enough} on, twice the ranks bring less than 1.5 times")
 
 
 if __name__ == "__main__":

@@ -4,25 +4,26 @@
     python benchmarks/breakout_speed.py --rounds 5 --timesteps 100000
     python benchmarks/breakout_speed.py --rounds 1 --timesteps 2000 --results /tmp/try
 
-Both play BreakoutNoFrameskip-v4 in 16 environments, on the CPU, with one thread of PyTorch for each
-core. Stable-Baselines3 runs as its rl-baselines3-zoo does for Atari: make_atari_env, SubprocVecEnv, a
-stack of 4 frames, CnnPolicy, its RMSprop with eps 1e-5, entropy 0.01, value loss 0.25, no curves
-written. a2c_breakout.py runs as a user starts it, curves and weights and all. The first run makes a
-virtual environment for Stable-Baselines3 in runs/cache/sb3, with the pins of requirements.txt.
+Both play BreakoutNoFrameskip-v4 in 16 environments, on the CPU, with one thread of PyTorch for
+each core. Stable-Baselines3 runs as its rl-baselines3-zoo does for Atari: make_atari_env,
+SubprocVecEnv, a stack of 4 frames, CnnPolicy, RMSpropTFLike with eps 1e-5, entropy 0.01, value
+loss 0.25, no curves written. a2c_breakout.py runs as a user starts it, curves and weights and
+all. The first run makes a virtual environment for Stable-Baselines3 in runs/cache/sb3, with the
+pins of requirements.txt.
 
-The programs take turns, each a process of its own, so that a busy moment of the machine meets them
-all; each reports its own timesteps a second, without its start-up. What counts is the median over the
-rounds of the ratio to Stable-Baselines3 in the same round. In every round there are also
+The programs take turns, each a process of its own, so that a busy moment of the machine meets
+them all; each reports its own timesteps a second, without its start-up. What counts is the median
+over the rounds of the ratio to Stable-Baselines3 in the same round. In every round there are also
 
-- a2c_breakout.py with a stopwatch in it: the shares of the emulator, of the acting passes (with the
-  sixth, for the last value, and the returns), of the update, and of all the rest;
-- the emulator alone (the 16 environments in their worker processes, random actions) and the network
-  alone (6 acting passes and an update on random frames), both with all cores. One after the other and
-  with no other work they would reach 1 / (1/emulator + 1/network): the bound. The ratio of
-  a2c_breakout.py to it, from the same round, is what a perfect loop could still win.
+- a2c_breakout.py with a stopwatch in it: the shares of the emulator, of the acting passes (with
+  the sixth, for the last value, and the returns), of the update, and of all the rest;
+- the emulator alone (the 16 environments in their worker processes, random actions) and the
+  network alone (6 acting passes and an update on random frames), both with all cores. One after
+  the other and with no other work they would reach 1 / (1/emulator + 1/network): the bound. What
+  a2c_breakout.py reaches of it, in the same round, shows how much its loop costs.
 
-With --bf16, which is on by default where the processor has bfloat16 instructions, all that is about
-a2c_breakout.py is done with its --bf16 too. One row a program and round in
+With --bf16, which is on by default where the processor has bfloat16 instructions, all that is
+about a2c_breakout.py is done with its --bf16 too. One row a program and round in
 benchmarks/results/breakout_speed.csv.
 """
 
@@ -37,6 +38,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +61,7 @@ def time_sb3(timesteps: int, bf16: bool) -> dict:
     from stable_baselines3 import A2C
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
     from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack
 
     class Clock(BaseCallback):
@@ -75,18 +78,30 @@ def time_sb3(timesteps: int, bf16: bool) -> dict:
     env_id = f"ale_py:{ENV_ID}"  # each of its processes has to import ale_py to know the game
     envs = make_atari_env(env_id, NUM_ENVS, seed=1, vec_env_cls=SubprocVecEnv)
     envs = VecFrameStack(envs, n_stack=4)
-    model = A2C("CnnPolicy", envs, ent_coef=0.01, vf_coef=0.25, device="cpu", seed=1)  # RMSpropTFLike, eps 1e-5
+    optimizer = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}}
+    coefficients = {"ent_coef": 0.01, "vf_coef": 0.25}
+    model = A2C("CnnPolicy", envs, policy_kwargs=optimizer, **coefficients, device="cpu", seed=1)
     clock = Clock()
     model.learn(timesteps, callback=clock)
     envs.close()
-    versions = {module.__name__: module.__version__ for module in (stable_baselines3, gymnasium, ale_py, torch)}
+    modules = (stable_baselines3, gymnasium, ale_py, torch)
+    versions = {module.__name__: module.__version__ for module in modules}
     return {"steps_per_second": model.num_timesteps / clock.seconds, "versions": versions}
 
 
 def time_ours(timesteps: int, bf16: bool) -> dict:
     """a2c_breakout.py as a user starts it; it measures its own time."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--total-timesteps", timesteps, "--num-envs", NUM_ENVS, "--device", "cpu", "--runs-dir", folder]
+        flags = [
+            "--total-timesteps",
+            timesteps,
+            "--num-envs",
+            NUM_ENVS,
+            "--device",
+            "cpu",
+            "--runs-dir",
+            folder,
+        ]
         command = [sys.executable, ROOT / "a2c_breakout.py", *flags, *["--bf16"][:bf16]]
         subprocess.run([str(word) for word in command], stdout=subprocess.DEVNULL, check=True)
         (result,) = Path(folder).glob("*/result.json")
@@ -142,7 +157,9 @@ def time_bare_emulator(timesteps: int, bf16: bool) -> dict:
             storage.actions[:] = torch.randint(4, (NUM_STEPS, NUM_ENVS), generator=generator)
             for t in range(NUM_STEPS):
                 envs.step(t)
-        return {"steps_per_second": rollouts * NUM_STEPS * NUM_ENVS / (time.perf_counter() - started)}
+        return {
+            "steps_per_second": rollouts * NUM_STEPS * NUM_ENVS / (time.perf_counter() - started)
+        }
 
 
 def time_bare_network(timesteps: int, bf16: bool) -> dict:
@@ -152,7 +169,9 @@ def time_bare_network(timesteps: int, bf16: bool) -> dict:
 
     torch.set_num_threads(CORES)
     generator = torch.Generator().manual_seed(1)
-    frames = torch.randint(256, (NUM_STEPS + 1, NUM_ENVS, 84, 84, 4), generator=generator).to(torch.uint8)
+    frames = torch.randint(256, (NUM_STEPS + 1, NUM_ENVS, 84, 84, 4), generator=generator).to(
+        torch.uint8
+    )
     actions = torch.randint(4, (NUM_STEPS * NUM_ENVS,), generator=generator)
     returns = torch.randn(NUM_STEPS * NUM_ENVS, generator=generator)
     network = a2c_breakout.ActorCritic(4, bf16)
@@ -184,21 +203,32 @@ PROGRAMS = {
 
 
 def install_sb3() -> Path:
-    """Makes the virtual environment if it is not there yet (else pip has nothing to do). Returns its Python."""
+    """Makes the virtual environment, or finds it complete. Returns its Python."""
     folder = ROOT / "runs" / "cache" / "sb3"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     pins = re.sub(r"\[.*?\]", "", (ROOT / "requirements.txt").read_text()).split()
-    torch, *others = [pin for pin in pins if re.match("(torch|ale-py|gymnasium|numpy|opencv-python)==", pin)]
+    torch, *others = [
+        pin for pin in pins if re.match("(torch|ale-py|gymnasium|numpy|opencv-python)==", pin)
+    ]
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    for packages in ([torch], ["stable-baselines3==2.9.2", *others]):  # torch first: the others must not choose it
+    # PyTorch comes first, so that the others cannot choose another one.
+    for packages in ([torch], ["stable-baselines3==2.9.2", *others]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 
 
 def measure(program: str, timesteps: int, bf16: bool, python: Path | str = sys.executable) -> dict:
     """Calls one of PROGRAMS in a fresh process; the last line that it prints is the result."""
-    command = [python, __file__, "--program", program, "--timesteps", str(timesteps), *["--bf16"][:bf16]]
+    command = [
+        python,
+        __file__,
+        "--program",
+        program,
+        "--timesteps",
+        str(timesteps),
+        *["--bf16"][:bf16],
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{program} failed:\n{done.stderr[-2000:]}")
@@ -208,18 +238,29 @@ def measure(program: str, timesteps: int, bf16: bool, python: Path | str = sys.e
 def has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 itself: without that, PyTorch emulates it."""
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()))
+    return cpuinfo.exists() and bool(
+        re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text())
+    )
 
 
 def report(rows: list[dict], bf16: bool) -> None:
     """Medians over the rounds, and medians of the ratios within a round."""
-    speeds = {(row["round"], row["program"]): row["steps_per_second"] for row in rows if row["bf16"] == bf16}
-    speeds |= {(row["round"], SB3): row["steps_per_second"] for row in rows if row["program"] == SB3}
+    speeds = {
+        (row["round"], row["program"]): row["steps_per_second"]
+        for row in rows
+        if row["bf16"] == bf16
+    }
+    speeds |= {
+        (row["round"], SB3): row["steps_per_second"] for row in rows if row["program"] == SB3
+    }
     rounds = sorted({number for number, _ in speeds})
     bounds = [1 / (1 / speeds[n, "bare emulator"] + 1 / speeds[n, "bare network"]) for n in rounds]
-    shares = {part: [row[part] for row in rows if row["bf16"] == bf16 and part in row] for part in PARTS}
+    shares = {
+        part: [row[part] for row in rows if row["bf16"] == bf16 and part in row] for part in PARTS
+    }
 
-    print(f"\n{'bfloat16' if bf16 else 'float32'}, {len(rounds)} rounds, {CORES} cores, medians in steps/s:")
+    precision = "bfloat16" if bf16 else "float32"
+    print(f"\n{precision}, {len(rounds)} rounds, {CORES} cores, medians in steps/s:")
     for program in PROGRAMS:
         print(f"  {program:20} {statistics.median(speeds[n, program] for n in rounds):6.0f}")
     print(f"  {'bound':20} {statistics.median(bounds):6.0f}")
@@ -228,7 +269,10 @@ def report(rows: list[dict], bf16: bool) -> None:
           f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})")  # fmt: skip
     of_bound = [speeds[n, OURS] / bound for n, bound in zip(rounds, bounds)]
     print(f"and reaches {statistics.median(of_bound):.2f} of the bound")
-    print("its time goes to: " + ", ".join(f"{part} {statistics.median(shares[part]):.0%}" for part in PARTS))
+    print(
+        "its time goes to: "
+        + ", ".join(f"{part} {statistics.median(shares[part]):.0%}" for part in PARTS)
+    )
 
 
 def main() -> None:
@@ -244,26 +288,35 @@ def main() -> None:
         return
 
     if not has_bf16():
-        print("This processor has no instructions for bfloat16: emulated, it makes training some 10 times slower.",
-              "It is measured all the same." if args.bf16 else "It is left out (--bf16 measures it).")  # fmt: skip
+        print(
+            "This processor has no instructions for bfloat16: training with it is 10 times slower."
+        )
+        print(
+            "It is measured all the same." if args.bf16 else "It is left out (--bf16 measures it)."
+        )
     sb3_python = install_sb3()
     args.results.mkdir(parents=True, exist_ok=True)
+    precisions = (False, True) if args.bf16 else (False,)
     rows = []
     with (args.results / "breakout_speed.csv").open("w", newline="") as file:
         columns = ["round", "program", "bf16", "steps_per_second", *PARTS, "versions"]
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for number in range(args.rounds):
-            plan = [(SB3, False), *((p, bf16) for bf16 in (False, True)[: 1 + args.bf16] for p in PROGRAMS if p != SB3)]
-            for program, bf16 in plan:
+            for program, bf16 in [
+                (SB3, False),
+                *product([p for p in PROGRAMS if p != SB3], precisions),
+            ]:
                 python = sb3_python if program == SB3 else sys.executable
                 row = measure(program, args.timesteps, bf16, python)
                 rows.append({"round": number, "program": program, "bf16": bf16, **row})
                 writer.writerow(rows[-1])
                 file.flush()
-                print(f"round {number}: {program}{' --bf16' * bf16}, {row['steps_per_second']:.0f} steps/s", flush=True)
-    print(f"versions: {rows[0]['versions']}")
-    for bf16 in (False, True)[: 1 + args.bf16]:
+                name = f"{program} --bf16" if bf16 else program
+                print(f"round {number}: {name}, {row['steps_per_second']:.0f} steps/s", flush=True)
+    for row in rows[:2]:
+        print(f"{row['program']}: {row['versions']}")
+    for bf16 in precisions:
         report(rows, bf16)
 
 

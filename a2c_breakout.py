@@ -45,11 +45,11 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -363,7 +363,7 @@ def work(connection, parents_end, storage: RolloutStorage, env_id: str, seed: in
                         info |= reset_info
                     observations[t + 1, index] = observation
                     if "game" in info:
-                        answer.append((t, index, *info["game"]))
+                        answer.append((index, *info["game"]))
             elif command == "state_dict":
                 answer = [env.state_dict() for env in envs.values()]
             elif command == "load_state_dict":
@@ -407,12 +407,13 @@ class ParallelEnvs:
                 answers += connection.recv()
         except (EOFError, ConnectionError):
             self.close()
-            raise UserError(f"worker process {process.pid} died (exit code {process.exitcode})") from None
+            raise UserError(f"worker process {process.pid} died (exit code {process.exitcode}); "
+                            "--resume goes on from the last checkpoint") from None  # fmt: skip
         return answers
 
-    def step(self, t: int) -> list[tuple[int, int, float, int]]:
+    def step(self, t: int) -> list[tuple[int, float, int]]:
         """Takes actions[t] and fills rewards[t], masks[t] and observations[t + 1], which is the first observation of
-        the next episode where one ended. Returns (t, environment, return, length) of each game that ended."""
+        the next episode where one ended. Returns (environment, return, length) of each game that ended."""
         return self.ask("step", t)
 
     def close(self) -> None:
@@ -471,7 +472,9 @@ class ActorCritic(nn.Module):
 def act(network: ActorCritic, observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draws an action from the policy for each observation: (N, 84, 84, 4) uint8 -> (N,) int64."""
     _, logits = network(observations)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    # The argmax of p / Exp(1) is distributed as p. It is what torch.multinomial does, but for its checks: those would
+    # stop the program at a NaN without telling the update, and wait for the GPU at every step.
+    return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
 
 
 def compute_returns(rewards: torch.Tensor, masks: torch.Tensor, last_values: torch.Tensor, gamma: float):
@@ -545,14 +548,16 @@ def save(path: Path, content: Any) -> None:
 
 def settings(args: Args) -> dict[str, Any]:
     """The arguments as args.json holds them."""
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-    return {name: value for name, value in values.items() if name != "resume"}
+    values = asdict(args) | {"runs_dir": str(args.runs_dir)}
+    del values["resume"]
+    return values
 
 
 def refuse_changes(args: Args, saved: dict[str, Any], source: Path) -> None:
     """Raises UserError if these arguments would give another result than the run was started for."""
     free = {"runs_dir", "checkpoint_every", "save_every", "log_every"}
     free |= set() if args.anneal_lr else {"total_timesteps"}  # the annealed rate depends on the run's length
+    free |= set() if torch.cuda.is_available() else {"device"}  # without CUDA all of them are the CPU
     for name, value in settings(args).items():
         if name not in free and value != saved.get(name):
             flag = "--" + name.replace("_", "-")
@@ -584,10 +589,14 @@ def load_checkpoint(args: Args) -> dict[str, Any] | None:
             raise UserError(f"cannot resume: {args.resume} is neither the folder of a run nor empty")
         return None
     try:
+        if zipfile.ZipFile(path).testzip():  # torch.load itself does not look at the checksums
+            raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # nothing in it can run code
         update, ranks = checkpoint["progress"]["update"], len(checkpoint["ranks"])
         refuse_changes(args, checkpoint["args"], path)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError):
+    except UserError:
+        raise
+    except Exception:  # a damaged file makes torch.load and zipfile raise nearly anything
         raise UserError(f"cannot resume: {path} is damaged, or not a checkpoint of this script") from None
     if ranks != WORLD_SIZE:
         raise UserError(f"cannot resume: {path} holds the environments of {ranks} ranks, not of {WORLD_SIZE}")
@@ -674,11 +683,14 @@ def train(args: Args) -> Result:
         optimizer = torch.optim.RMSprop(parameters, args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
         generator = torch.Generator(device).manual_seed(args.seed + RANK)  # draws the actions
         if checkpoint:
-            network.load_state_dict(checkpoint["network"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            generator.set_state(checkpoint["ranks"][RANK]["generator"])
-            storage.life_returns[:] = checkpoint["ranks"][RANK]["life_returns"]
-            envs.ask("load_state_dict", checkpoint["ranks"][RANK]["envs"])
+            try:
+                network.load_state_dict(checkpoint["network"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
+                generator.set_state(checkpoint["ranks"][RANK]["generator"])
+                storage.life_returns[:] = checkpoint["ranks"][RANK]["life_returns"]
+                envs.ask("load_state_dict", checkpoint["ranks"][RANK]["envs"])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"cannot resume: the checkpoint does not fit: {str(error).splitlines()[0]}") from None
         if len(set(gather(progress["update"]))) > 1:
             raise UserError("the ranks see different checkpoints: is the folder on a disk that all machines share?")
         if RANK == 0:
@@ -695,7 +707,7 @@ def train(args: Args) -> Result:
             # 1. Act and step: T decisions in each of the N environments, all with the same network
             for t in range(args.num_steps):
                 storage.actions[t] = act(network, storage.observations[t].to(device), generator)
-                for t, index, game_return, length in envs.step(t):
+                for index, game_return, length in envs.step(t):
                     timestep = update * timesteps_per_update + t * args.num_envs + RANK * num_envs + index + 1
                     games.append((timestep, game_return, length))
 

@@ -234,6 +234,14 @@ def test_returns_equal_a_brute_force_sum_and_stop_at_the_end_of_an_episode():
             assert returns[t, n].item() == pytest.approx(total, abs=1e-5)
 
 
+def test_actions_are_drawn_with_the_probabilities_of_the_policy():
+    probs, n = torch.tensor([0.05, 0.15, 0.3, 0.5]), 40_000
+    generator = torch.Generator().manual_seed(0)
+    actions = a2c.act(lambda _: (None, probs.log().expand(n, 4)), None, generator)
+    counts = torch.bincount(actions, minlength=4)
+    assert ((counts - n * probs) ** 2 / (n * probs)).sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
+
+
 def test_loss_and_gradient_equal_a_float64_recomputation():
     torch.manual_seed(0)
     network = a2c.ActorCritic(4)
@@ -302,7 +310,7 @@ def test_workers_fill_the_rollout_with_transitions_of_the_game(method, monkeypat
     storage.actions[:] = torch.randint(0, 4, (T, N))
     with a2c.ParallelEnvs(storage, "BreakoutNoFrameskip-v4", 11, num_workers=2) as envs:
         pids = [process.pid for process, _ in envs.workers]
-        games = [game for t in range(T) for game in envs.step(t)]
+        games = [(t, *game) for t in range(T) for game in envs.step(t)]
     assert gone(pids)
     expected_games = []
     for i in range(N):

@@ -223,8 +223,9 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
     while not (tmp_path / "run" / "checkpoint.pth").exists():
         time.sleep(0.05)
     os.kill(workers[-1], signal.SIGKILL)
-    process.communicate(timeout=20)[1]
+    _, errors = process.communicate(timeout=20)
     assert process.returncode == 1 and gone(workers, 5)
+    assert len(errors.splitlines()) == 1 and f"worker process {workers[-1]} died" in errors
     assert torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["progress"]["update"] % 5 == 0
 
 

@@ -490,3 +490,12 @@ print(max(sizes[200:400]), max(sizes[-200:]))
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200).stdout
     early, late = map(int, output.splitlines()[-1].split())
     assert late < 1.02 * early
+
+
+def test_ctrl_c_while_it_starts_prints_no_traceback(tmp_path):
+    for seconds in (0.5, 1.5):
+        process = subprocess.Popen([sys.executable, SCRIPT, "--runs-dir", tmp_path / "runs"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.communicate(timeout=30)[1]

@@ -23,23 +23,24 @@ Consecutive steps resemble each other, and a network trained on them in order fo
 Hence the replay memory: each update draws a random batch from the last 10,000 transitions.
 Actions are greedy, except with probability epsilon = 0.5 / (episode + 1), when they are random.
 
-Paper: Mnih et al., "Human-level control through deep reinforcement learning", Nature 518, 2015
-(algorithm 1). The target network of that paper comes with the next script, ddqn_cartpole.py.
+Mnih et al., "Human-level control through deep reinforcement learning", Nature 518, 2015,
+algorithm 1. The target network of that paper comes with the next script, ddqn_cartpole.py.
 
-Run it:
-
-    python dqn_cartpole.py                      # about 150 episodes, half a minute
+    python dqn_cartpole.py
     python dqn_cartpole.py --seed 7 --learning-rate 3e-4
     python dqn_cartpole.py --weights runs/.../weight_end.pth --eval-only
-    tensorboard --logdir runs
 
 The task is the book's: 200 steps an episode, solved after 10 episodes in a row of 196 steps or
 more, at most 500 episodes. The reward is the book's as well, not the environment's +1 a step: 0 on
-the way, and at the end +1 for 196 steps or more, -1 for fewer. Any end is the end, the time limit
-too: nothing is bootstrapped from the state after step 200, though the pole still stands there. (The
-usual advice is the opposite; with rewards of this kind, reaching the limit is the goal itself.)
+the way, and at the end +1 for 196 steps or more, -1 for fewer. Every end is terminal, the time
+limit too: nothing is bootstrapped from the state after step 200, though the pole still stands
+there. With other rewards that would be a mistake; here, reaching the limit is the goal itself.
 
 Differs from the book:
+- The output layer starts at zero, so that all values do. With a random start (--no-zero-init) some
+  seeds never solve the task: the action that a state's values happen to favour is taken over and
+  over, falls after 9 steps, and is hardly ever compared with the other one, since epsilon shrinks
+  fast. From zero, a fall makes the action taken look worse than the one not tried.
 - Gymnasium's API: step() says terminated or truncated, and the time limit is set by
   max_episode_steps=200 on CartPole-v1, which is the old CartPole-v0.
 - The memory is a set of arrays allocated once, not a list of named tuples, and a batch is drawn
@@ -99,6 +100,8 @@ class Args:
     """transitions in one update, 1 or more"""
     hidden_size: int = 32
     """units in each of the two hidden layers, 1 to 4096"""
+    zero_init: bool = True
+    """all values start at 0; --no-zero-init is the book's way, PyTorch's own random start"""
     memory_size: int = 10_000
     """transitions the replay memory holds, from the batch size to 10 million"""
     weights: Path | None = None
@@ -168,11 +171,14 @@ def book_reward(steps: int, done: bool) -> float:
 class QNetwork(nn.Module):
     """The value of both actions in each state: (batch, 4) -> (batch, 2)."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, zero_init: bool):
         super().__init__()
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
+        if zero_init:  # optimistic: what has led to a fall looks worse than what is untried
+            nn.init.zeros_(self.fc3.weight)
+            nn.init.zeros_(self.fc3.bias)
 
     def forward(self, states: Tensor) -> Tensor:
         hidden = F.relu(self.fc1(states))  # (batch, hidden_size)
@@ -406,7 +412,7 @@ def train(args: Args) -> Result:
     device = choose_device(args.device)
     torch.set_num_threads(1)  # this network is too small to share: two threads are slower
     torch.manual_seed(args.seed)
-    network = QNetwork(args.hidden_size).to(device)
+    network = QNetwork(args.hidden_size, args.zero_init).to(device)
     if args.weights is not None:
         load_weights(network, args.weights, device)
     run_dir = make_run_dir(args)

@@ -1,0 +1,179 @@
+"""Tests of per_cartpole.py: how priorities are kept, drawn and corrected for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import per_cartpole
+from per_cartpole import Args, Batch, QNetwork, ReplayMemory, learn, td_errors, update
+
+CPU = torch.device("cpu")
+EPSILON = 1e-4
+
+
+def memory_of(count: int, capacity: int, alpha: float = 1.0, beta: float = 0.0) -> ReplayMemory:
+    """Transition i carries i in its reward; its state and next state are random."""
+    memory = ReplayMemory(capacity, np.random.default_rng(0), alpha, beta)
+    rng = np.random.default_rng(1)
+    for i in range(count):
+        state, next_state = rng.normal(size=(2, 4))
+        memory.push(state, i % 2, float(i), next_state, i % 5 == 0)
+    return memory
+
+
+def assert_frequencies(memory: ReplayMemory, probabilities: np.ndarray) -> None:
+    """Chi-square: 50,000 draws against the probabilities, up to mean and 4 standard deviations."""
+    draws = memory.sample_by_priority(50_000, CPU).rewards.long().numpy()
+    counts = np.bincount(draws, minlength=len(probabilities))
+    expected = 50_000 * probabilities
+    assert expected.min() > 5
+    freedom = len(probabilities) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6, 0.0])
+def test_transitions_are_drawn_in_proportion_to_their_priorities(alpha):
+    memory = memory_of(30, capacity=40, alpha=alpha)
+    errors = np.random.default_rng(2).normal(size=30)
+    memory.set_priorities(errors)
+    priorities = (np.abs(errors) + EPSILON) ** alpha
+    assert_frequencies(memory, priorities / priorities.sum())
+
+
+def test_each_end_of_the_memory_is_drawn():
+    """The book's sampler never returns the first transition, and the last one too often."""
+    memory = memory_of(4, capacity=4)
+    memory.set_priorities(np.array([3.0, 0.0, 0.0, 1.0]))
+    draws = memory.sample_by_priority(4000, CPU).rewards.long().numpy()
+    assert np.bincount(draws, minlength=4) == pytest.approx([3000, 0, 0, 1000], abs=120)
+
+
+def test_a_point_on_the_total_stays_inside_the_memory():
+    memory = memory_of(3, capacity=10)
+
+    class AlwaysOne:
+        def random(self, size):
+            return np.ones(size)
+
+    memory.rng = AlwaysOne()
+    assert memory.sample_by_priority(2, CPU).rewards.tolist() == [2.0, 2.0]
+
+
+def test_a_new_transition_enters_with_td_error_0():
+    for alpha in (1.0, 0.6):
+        memory = memory_of(5, capacity=5, alpha=alpha)
+        memory.set_priorities(np.ones(5))
+        memory.push(np.zeros(4), 0, 5.0, np.zeros(4), False)  # over transition 0
+        kept = (1 + EPSILON) ** alpha
+        assert memory.priorities == pytest.approx([EPSILON**alpha, kept, kept, kept, kept])
+
+
+def test_priorities_of_a_full_memory_are_summed_in_float64():
+    """In float32 the last of many small priorities would be rounded away."""
+    memory = memory_of(10_000, capacity=10_000)
+    assert memory.priorities.dtype == np.float64
+    errors = np.zeros(10_000)
+    errors[0] = 1e5  # float32 resolves 0.008 there, 80 times a small priority
+    memory.set_priorities(errors)
+    total = np.cumsum(memory.priorities)
+    assert np.diff(total).min() > 0
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.6, 0.4), (1.0, 1.0)])
+def test_importance_sampling_weights(alpha, beta):
+    memory = memory_of(30, capacity=40, alpha=alpha, beta=beta)
+    errors = np.random.default_rng(2).normal(size=30)
+    memory.set_priorities(errors)
+    batch = memory.sample_by_priority(64, CPU)
+    priorities = (np.abs(errors) + EPSILON) ** alpha
+    drawn = (priorities / priorities.sum())[batch.rewards.long().numpy()]
+    weights = (30 * drawn) ** -beta
+    expected = torch.tensor(weights / weights.max(), dtype=torch.float32)
+    torch.testing.assert_close(batch.weights, expected)
+    assert batch.weights.max() == 1
+
+
+def test_uniform_batches_have_weight_1():
+    assert memory_of(30, capacity=40).sample(8, CPU).weights == 1.0
+
+
+def test_recomputed_priorities_are_the_td_errors_of_a_float64_recomputation():
+    torch.manual_seed(0)
+    memory = memory_of(500, capacity=600)
+    main, target = QNetwork(32, False), QNetwork(32, False)
+    memory.rewards /= 100
+    memory.set_priorities(td_errors(main, target, memory.take(slice(memory.size), CPU), 0.97))
+
+    main, target = main.double(), target.double()
+    rows, expected = np.arange(500), np.zeros(500)
+    with torch.no_grad():
+        q = main(torch.from_numpy(memory.states[:500]).double()).numpy()
+        next_q = main(torch.from_numpy(memory.next_states[:500]).double()).numpy()
+        next_target = target(torch.from_numpy(memory.next_states[:500]).double()).numpy()
+    for row in rows:
+        bootstrap = 0.0 if row % 5 == 0 else next_target[row, np.argmax(next_q[row])]
+        reward = memory.rewards[row].astype(np.float64)
+        expected[row] = abs(reward + 0.97 * bootstrap - q[row, row % 2])
+    np.testing.assert_allclose(memory.priorities[:500], expected + EPSILON, atol=2e-6)
+    assert not memory.priorities[500:].any()
+
+
+class Table(nn.Module):
+    def __init__(self, values: list[list[float]]):
+        super().__init__()
+        self.values = nn.Parameter(torch.tensor(values))
+
+    def forward(self, states):
+        return self.values[states[..., 0].long()]
+
+
+def test_weights_scale_each_transition_in_the_loss():
+    states = torch.tensor([[0.0, 0, 0, 0], [1.0, 0, 0, 0]])
+    batch = Batch(states, torch.tensor([[0], [1]]), torch.tensor([2.0, 3.0]), states, torch.zeros(2))
+    for weights, expected in [(1.0, (1.5 + 2.5) / 2), (torch.tensor([1.0, 0.2]), (1.5 + 0.5) / 2)]:
+        main = Table([[0.0, 0.0], [0.0, 0.0]])
+        optimizer = torch.optim.SGD(main.parameters(), lr=1.0)
+        loss, _ = update(main, main, optimizer, batch._replace(weights=weights), 0.9)
+        assert loss.item() == pytest.approx(expected)
+
+
+class NoWriter:
+    def add_scalar(self, *args):
+        pass
+
+
+def test_order_of_events(monkeypatch):
+    """Uniform first, then by priority; at an episode's end first all priorities, then the copy."""
+    events = []
+
+    class SpiedMemory(ReplayMemory):
+        def sample(self, *args):
+            events.append("uniform")
+            return super().sample(*args)
+
+        def sample_by_priority(self, *args):
+            events.append("priority")
+            return super().sample_by_priority(*args)
+
+        def set_priorities(self, errors):
+            assert len(errors) == self.size
+            events.append("recompute")
+            super().set_priorities(errors)
+
+    class SpiedNetwork(QNetwork):
+        def load_state_dict(self, *args):
+            events.append("copy")
+            return super().load_state_dict(*args)
+
+    monkeypatch.setattr(per_cartpole, "ReplayMemory", SpiedMemory)
+    monkeypatch.setattr(per_cartpole, "QNetwork", SpiedNetwork)
+    args = Args(num_episodes=4, uniform_episodes=2, batch_size=1)
+    learn(args, SpiedNetwork(32, True), CPU, NoWriter())
+    summary = [e for i, e in enumerate(events) if i == 0 or e != events[i - 1]]
+    assert summary == (
+        ["uniform", "recompute", "copy", "uniform", "recompute"]
+        + ["priority", "recompute", "copy", "priority", "recompute"]
+    )

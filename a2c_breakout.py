@@ -57,8 +57,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-# PyTorch's threads must not spin while they wait, the emulators need the cores: 8 to 13% more steps/s on two of them.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# PyTorch's threads spin while they wait: some 0.1 ms, which bridges the gap to the next layer, and no longer, for the
+# emulators need the cores. On two of them 15% more steps/s than without spinning.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it trains, Ctrl-C just ends it: no traceback of an import
 

@@ -5,4 +5,4 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # as a2c_breakout.py does: it must be there before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # for a2c_breakout.py, before torch is imported: a test machine is busy

@@ -44,7 +44,7 @@ Differs from the book:
   steps are still long, and where they end is luck: 20 seeds gave 95.1 to 96.7% correct, mean 96.0%.
   With the fall it was 97.6 to 98.0%, mean 97.8%. --no-anneal-lr is the book's recipe.
 - A batch is cut out of the data in one operation, not put together from 64 single pictures; Adam is
-  the fused one; one thread. Together about half the time, see make_loader and train.
+  the fused one; one thread. Together 0.55 of the time, see make_loader and train.
 """
 
 import gzip

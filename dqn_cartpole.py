@@ -41,12 +41,16 @@ Differs from the book:
   seeds never solve the task: the action that a state's values happen to favour is taken over and
   over, falls after 9 steps, and is hardly ever compared with the other one, since epsilon shrinks
   fast. From zero, a fall makes the action taken look worse than the one not tried.
+- The weights that are saved and evaluated are a moving average over about the last 500 updates.
+  Each update can tip the policy a little, and ten successes in a row can be luck; the average fails
+  a greedy evaluation half as often as the last weights (--average-decay 0, the book's way).
+  Training itself never sees it, so the task is solved after just as many episodes.
 - Gymnasium's API: step() says terminated or truncated, and the time limit is set by
   max_episode_steps=200 on CartPole-v1, which is the old CartPole-v0.
 - The memory is a set of arrays allocated once, not a list of named tuples, and a batch is drawn
   with replacement; of 10,000 transitions hardly two are ever the same.
 - Training stops at the 10th success in a row, without the book's one more episode for the film.
-  The film and the evaluation are greedy, in a fresh environment, with the weights of that moment.
+  The film and the evaluation are greedy, in a fresh environment.
 """
 
 import json
@@ -104,6 +108,8 @@ class Args:
     """all values start at 0; --no-zero-init is the book's way, PyTorch's own random start"""
     memory_size: int = 10_000
     """transitions the replay memory holds, from the batch size to 10 million"""
+    average_decay: float = 0.998
+    """decay, per update, of the average that becomes the saved weights; 0 (the book) to below 1"""
     weights: Path | None = None
     """weights of an earlier run (weight_end.pth) to start from"""
     eval_only: bool = False
@@ -141,6 +147,7 @@ def check(args: Args) -> None:
         ("--batch-size", args.batch_size >= 1, "1 or more"),
         ("--hidden-size", 1 <= args.hidden_size <= 4096, "from 1 to 4096"),
         ("--memory-size", args.batch_size <= args.memory_size <= 10**7, "--batch-size to 10**7"),
+        ("--average-decay", 0 <= args.average_decay < 1, "from 0 to below 1"),
         ("--eval-episodes", args.eval_episodes >= 1, "1 or more"),
     ]:
         if not good:
@@ -268,21 +275,27 @@ def update(
     return loss, values
 
 
+def flat_weights(network: QNetwork) -> Tensor:
+    """A copy of all weights as one vector, (number of weights,)."""
+    return nn.utils.parameters_to_vector(network.parameters()).detach()
+
+
 def learn(
     args: Args, network: QNetwork, device: torch.device, writer: SummaryWriter
 ) -> tuple[int | None, int, int]:
     """Trains the network in place, until it is solved or the episodes are used up.
 
-    Returns the episode (from 0) of the 10th success in a row or None, and the numbers of episodes
-    and steps played.
+    In the end the network has the averaged weights. Returns the episode (from 0) of the 10th
+    success in a row or None, and the numbers of episodes and steps played.
     """
     rng = np.random.default_rng(args.seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
     memory = ReplayMemory(args.memory_size, rng)
+    average = flat_weights(network)
     env = make_env()
     env.reset(seed=args.seed)  # seeds the environment's generator, once and for all
     last_steps: deque[int] = deque(maxlen=SUCCESSES_TO_SOLVE)
-    total_steps = 0
+    solved_episode, total_steps = None, 0
     started = time.perf_counter()
 
     for episode in tqdm(range(args.num_episodes), unit="episode"):
@@ -309,6 +322,7 @@ def learn(
             if memory.size >= args.batch_size:
                 batch = memory.sample(args.batch_size, device)
                 loss, values = update(network, optimizer, batch, args.gamma)
+                average.lerp_(flat_weights(network), 1 - args.average_decay)
 
         # 5. log
         last_steps.append(steps)
@@ -321,9 +335,11 @@ def learn(
             writer.add_scalar("losses/td_loss", loss.item(), episode)
             writer.add_scalar("losses/q_values", values.mean().item(), episode)
         if len(last_steps) == SUCCESSES_TO_SOLVE and min(last_steps) >= SUCCESS_STEPS:
-            return episode, episode + 1, total_steps
+            solved_episode = episode
+            break
 
-    return None, args.num_episodes, total_steps
+    nn.utils.vector_to_parameters(average, network.parameters())
+    return solved_episode, episode + 1, total_steps
 
 
 # ---- evaluation ---------------------------------------------------------------

@@ -31,11 +31,12 @@ Wang et al., "Dueling Network Architectures for Deep Reinforcement Learning", IC
 The task and the rewards are the book's, described in dqn_cartpole.py.
 
 Differs from the book, as does dqn_cartpole.py:
-- Both streams start at zero (--no-zero-init for the book's way): all seeds solve the task.
+- Both streams start at zero (--no-zero-init for the book's way), and the saved weights are a
+  moving average (--average-decay 0 for the book's way).
 - Gymnasium's API: terminated and truncated, and max_episode_steps=200 on CartPole-v1.
 - The memory is a set of arrays, and a batch is drawn with replacement.
 - Training stops at the 10th success in a row; film and evaluation are greedy, in a fresh
-  environment, with the weights of that moment.
+  environment.
 """
 
 import json
@@ -95,6 +96,8 @@ class Args:
     """transitions the replay memory holds, from the batch size to 10 million"""
     target_interval: int = 2
     """episodes from one copy to the target network to the next, 1 or more"""
+    average_decay: float = 0.998
+    """decay, per update, of the average that becomes the saved weights; 0 (the book) to below 1"""
     weights: Path | None = None
     """weights of an earlier run (weight_end.pth) to start from"""
     eval_only: bool = False
@@ -133,6 +136,7 @@ def check(args: Args) -> None:
         ("--hidden-size", 1 <= args.hidden_size <= 4096, "from 1 to 4096"),
         ("--memory-size", args.batch_size <= args.memory_size <= 10**7, "--batch-size to 10**7"),
         ("--target-interval", args.target_interval >= 1, "1 or more"),
+        ("--average-decay", 0 <= args.average_decay < 1, "from 0 to below 1"),
         ("--eval-episodes", args.eval_episodes >= 1, "1 or more"),
     ]:
         if not good:
@@ -271,22 +275,28 @@ def update(
     return loss, values
 
 
+def flat_weights(network: QNetwork) -> Tensor:
+    """A copy of all weights as one vector, (number of weights,)."""
+    return nn.utils.parameters_to_vector(network.parameters()).detach()
+
+
 def learn(
     args: Args, network: QNetwork, device: torch.device, writer: SummaryWriter
 ) -> tuple[int | None, int, int]:
     """Trains the network in place, until it is solved or the episodes are used up.
 
-    Returns the episode (from 0) of the 10th success in a row or None, and the numbers of episodes
-    and steps played.
+    In the end the network has the averaged weights. Returns the episode (from 0) of the 10th
+    success in a row or None, and the numbers of episodes and steps played.
     """
     rng = np.random.default_rng(args.seed)
     target_network = QNetwork(args.hidden_size, args.zero_init).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
     memory = ReplayMemory(args.memory_size, rng)
+    average = flat_weights(network)
     env = make_env()
     env.reset(seed=args.seed)  # seeds the environment's generator, once and for all
     last_steps: deque[int] = deque(maxlen=SUCCESSES_TO_SOLVE)
-    total_steps = 0
+    solved_episode, total_steps = None, 0
     started = time.perf_counter()
 
     for episode in tqdm(range(args.num_episodes), unit="episode"):
@@ -313,6 +323,7 @@ def learn(
             if memory.size >= args.batch_size:
                 batch = memory.sample(args.batch_size, device)
                 loss, values = update(network, target_network, optimizer, batch, args.gamma)
+                average.lerp_(flat_weights(network), 1 - args.average_decay)
 
         # 5. copy the network to the target network
         if episode % args.target_interval == 0:
@@ -329,9 +340,11 @@ def learn(
             writer.add_scalar("losses/td_loss", loss.item(), episode)
             writer.add_scalar("losses/q_values", values.mean().item(), episode)
         if len(last_steps) == SUCCESSES_TO_SOLVE and min(last_steps) >= SUCCESS_STEPS:
-            return episode, episode + 1, total_steps
+            solved_episode = episode
+            break
 
-    return None, args.num_episodes, total_steps
+    nn.utils.vector_to_parameters(average, network.parameters())
+    return solved_episode, episode + 1, total_steps
 
 
 # ---- evaluation ---------------------------------------------------------------

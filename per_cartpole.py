@@ -39,10 +39,10 @@ Differs from the book:
   returns the transition after the one it stands on: its index runs one too far. Corrected here.
 - The walk is a float64 cumulative sum and a binary search, and all priorities are recomputed as one
   batch.
-- As in dqn_cartpole.py: the output layer starts at zero (--no-zero-init for the book's way);
-  Gymnasium's API; the memory is a set of arrays, and uniform batches are drawn with replacement;
-  training stops at the 10th success in a row; film and evaluation are greedy, in a fresh
-  environment, with the weights of that moment.
+- As in dqn_cartpole.py: the output layer starts at zero (--no-zero-init for the book's way); the
+  saved weights are a moving average (--average-decay 0 for the book's way); Gymnasium's API; the
+  memory is a set of arrays, and uniform batches are drawn with replacement; training stops at the
+  10th success in a row; film and evaluation are greedy, in a fresh environment.
 """
 
 import json
@@ -109,6 +109,8 @@ class Args:
     """exponent of the importance-sampling weights, 0 (the book) to 1 (full correction)"""
     target_interval: int = 2
     """episodes from one copy to the target network to the next, 1 or more"""
+    average_decay: float = 0.998
+    """decay, per update, of the average that becomes the saved weights; 0 (the book) to below 1"""
     weights: Path | None = None
     """weights of an earlier run (weight_end.pth) to start from"""
     eval_only: bool = False
@@ -150,6 +152,7 @@ def check(args: Args) -> None:
         ("--alpha", 0 <= args.alpha <= 1, "from 0 to 1"),
         ("--beta", 0 <= args.beta <= 1, "from 0 to 1"),
         ("--target-interval", args.target_interval >= 1, "1 or more"),
+        ("--average-decay", 0 <= args.average_decay < 1, "from 0 to below 1"),
         ("--eval-episodes", args.eval_episodes >= 1, "1 or more"),
     ]:
         if not good:
@@ -309,6 +312,11 @@ def update(
     return loss, values
 
 
+def flat_weights(network: QNetwork) -> Tensor:
+    """A copy of all weights as one vector, (number of weights,)."""
+    return nn.utils.parameters_to_vector(network.parameters()).detach()
+
+
 @torch.no_grad()
 def td_errors(
     network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float
@@ -324,17 +332,18 @@ def learn(
 ) -> tuple[int | None, int, int]:
     """Trains the network in place, until it is solved or the episodes are used up.
 
-    Returns the episode (from 0) of the 10th success in a row or None, and the numbers of episodes
-    and steps played.
+    In the end the network has the averaged weights. Returns the episode (from 0) of the 10th
+    success in a row or None, and the numbers of episodes and steps played.
     """
     rng = np.random.default_rng(args.seed)
     target_network = QNetwork(args.hidden_size, args.zero_init).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
     memory = ReplayMemory(args.memory_size, rng, args.alpha, args.beta)
+    average = flat_weights(network)
     env = make_env()
     env.reset(seed=args.seed)  # seeds the environment's generator, once and for all
     last_steps: deque[int] = deque(maxlen=SUCCESSES_TO_SOLVE)
-    total_steps = 0
+    solved_episode, total_steps = None, 0
     started = time.perf_counter()
 
     for episode in tqdm(range(args.num_episodes), unit="episode"):
@@ -363,6 +372,7 @@ def learn(
                 sample = memory.sample_by_priority if prioritized else memory.sample
                 batch = sample(args.batch_size, device)
                 loss, values = update(network, target_network, optimizer, batch, args.gamma)
+                average.lerp_(flat_weights(network), 1 - args.average_decay)
 
         # 5. recompute all priorities, in one batch
         everything = memory.take(slice(memory.size), device)
@@ -383,9 +393,11 @@ def learn(
             writer.add_scalar("losses/td_loss", loss.item(), episode)
             writer.add_scalar("losses/q_values", values.mean().item(), episode)
         if len(last_steps) == SUCCESSES_TO_SOLVE and min(last_steps) >= SUCCESS_STEPS:
-            return episode, episode + 1, total_steps
+            solved_episode = episode
+            break
 
-    return None, args.num_episodes, total_steps
+    nn.utils.vector_to_parameters(average, network.parameters())
+    return solved_episode, episode + 1, total_steps
 
 
 # ---- evaluation ---------------------------------------------------------------

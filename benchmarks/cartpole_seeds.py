@@ -65,7 +65,7 @@ def write_rows(path: Path, header: list[str], rows: list[list]) -> None:
 
 
 def mean_of_last_ten(steps: list[int], length: int) -> np.ndarray:
-    """Mean of the last (up to) 10 episodes at each episode; after the end it keeps its last value."""
+    """Mean of the last (up to) 10 episodes at each one; after the end it keeps its last value."""
     means = [np.mean(steps[max(0, end - 10) : end]) for end in range(1, len(steps) + 1)]
     return np.array(means + [means[-1]] * (length - len(means)))  # (length,)
 
@@ -101,7 +101,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:  # threads that only wait for their process
         runs = list(pool.map(lambda s: run_seed(args.script, s, args.flags), range(args.seeds)))
 
-    name = "cartpole_" + args.script.removesuffix("_cartpole") + (f"_{args.tag}" if args.tag else "")
+    tag = f"_{args.tag}" if args.tag else ""
+    name = "cartpole_" + args.script.removesuffix("_cartpole") + tag
     args.results.mkdir(parents=True, exist_ok=True)
     rows = [[result[column] for column in COLUMNS] for result, _ in runs]
     write_rows(args.results / f"{name}.csv", COLUMNS, rows)

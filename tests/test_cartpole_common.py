@@ -52,7 +52,8 @@ def no_film(monkeypatch):
 
 def short_args(name: str, runs_dir: Path, **values):
     script = importlib.import_module(name)
-    return script.Args(**{"runs_dir": runs_dir, "eval_episodes": 2, "device": "cpu", **SHORT[name], **values})
+    common = {"runs_dir": runs_dir, "eval_episodes": 2, "device": "cpu"}
+    return script.Args(**common | SHORT[name] | values)
 
 
 def main_in_process(name: str, monkeypatch, *arguments: str) -> SystemExit:
@@ -82,7 +83,8 @@ def test_a_copy_runs_alone_as_a_user_would(name, tmp_path):
     lines = done.stdout.splitlines()
     network = "ActorCritic(" if name == A2C else "QNetwork("
     assert lines[0] == network
-    assert re.fullmatch(r"episode 0: \d+ steps, mean of 10 [\d.]+", next(l for l in lines if l[0] == "e"))
+    first_episode = next(line for line in lines if line.startswith("episode"))
+    assert re.fullmatch(r"episode 0: \d+ steps, mean of 10 [\d.]+", first_episode)
     assert any(line.startswith("Not solved") for line in lines)
     assert lines[-1] == f"Everything is in {Path('runs') / run_dir.name}"
 
@@ -152,6 +154,7 @@ BAD = {
     "learning_rate": [0.0, -1e-4, math.nan, math.inf],
     "gamma": [-0.1, 1.1, math.nan],
     "hidden_size": [0, 10**6],
+    "average_decay": [-0.1, 1.0, math.nan],
     "eval_episodes": [0],
 }
 BAD_Q = BAD | {"num_episodes": [0, -5], "batch_size": [0], "memory_size": [31, 10**12]}
@@ -164,7 +167,7 @@ BAD_MORE = {
     A2C: BAD
     | {"num_envs": [0, 10**9], "num_steps": [0, 10**9], "total_timesteps": [0]}
     | {"value_loss_coef": [-1.0, math.nan], "entropy_coef": [-1.0, math.nan, math.inf]}
-    | {"max_grad_norm": [0.0, math.nan], "average_updates": [0, 10**9]},
+    | {"max_grad_norm": [0.0, math.nan]},
 }
 
 
@@ -229,7 +232,8 @@ def test_weights_that_are_not_ours_are_refused(name, tmp_path):
     for content in (b"", b"noise" * 100, good.read_bytes()[:1000]):
         bad.write_bytes(content)
         refuse()
-    for foreign in ({}, [1, 2], torch.zeros(3), build(script, script.Args(hidden_size=8)).state_dict()):
+    narrower = build(script, script.Args(hidden_size=8)).state_dict()
+    for foreign in ({}, [1, 2], torch.zeros(3), narrower):
         torch.save(foreign, bad)
         refuse()
     torch.save(Boom(tmp_path / "boom"), bad)
@@ -281,7 +285,8 @@ def test_ctrl_c_saves_the_weights_and_exits_with_130(name, tmp_path, monkeypatch
     (run_dir,) = tmp_path.iterdir()
     assert torch.load(run_dir / "weight_end.pth", weights_only=True)
     assert not (run_dir / "result.json").exists()
-    assert capsys.readouterr().out.splitlines()[-1] == f"Interrupted. The weights so far are in {run_dir}"
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line == f"Interrupted. The weights so far are in {run_dir}"
 
 
 @each_script

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import dqn_cartpole
-from dqn_cartpole import Args, Batch, QNetwork, ReplayMemory, book_reward, learn, td_targets, update
+from dqn_cartpole import (
+    Args,
+    Batch,
+    QNetwork,
+    ReplayMemory,
+    book_reward,
+    flat_weights,
+    learn,
+    td_targets,
+    update,
+)
 
 CPU = torch.device("cpu")
 
@@ -201,3 +211,22 @@ def test_one_update_per_step_once_a_batch_is_stored(monkeypatch):
     monkeypatch.setattr(dqn_cartpole, "make_env", lambda: ScriptedEnv([20, 30]))
     learn(Args(num_episodes=2), QNetwork(32, True), CPU, NoWriter())
     assert calls == [32] * (50 - 31)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_network_ends_with_the_averaged_weights(monkeypatch, decay):
+    weights = []
+
+    def spied(network):
+        weights.append(flat_weights(network))
+        return weights[-1].clone()
+
+    monkeypatch.setattr(dqn_cartpole, "flat_weights", spied)
+    network = QNetwork(32, zero_init=False)
+    args = Args(num_episodes=5, average_decay=decay, learning_rate=0.01)
+    learn(args, network, CPU, NoWriter())
+    average = weights[0]
+    for step in weights[1:]:
+        average = decay * average + (1 - decay) * step
+    assert len(weights) > 10
+    torch.testing.assert_close(flat_weights(network), average)

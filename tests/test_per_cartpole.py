@@ -132,7 +132,8 @@ class Table(nn.Module):
 
 def test_weights_scale_each_transition_in_the_loss():
     states = torch.tensor([[0.0, 0, 0, 0], [1.0, 0, 0, 0]])
-    batch = Batch(states, torch.tensor([[0], [1]]), torch.tensor([2.0, 3.0]), states, torch.zeros(2))
+    actions, rewards = torch.tensor([[0], [1]]), torch.tensor([2.0, 3.0])
+    batch = Batch(states, actions, rewards, states, torch.zeros(2))
     for weights, expected in [(1.0, (1.5 + 2.5) / 2), (torch.tensor([1.0, 0.2]), (1.5 + 0.5) / 2)]:
         main = Table([[0.0, 0.0], [0.0, 0.0]])
         optimizer = torch.optim.SGD(main.parameters(), lr=1.0)

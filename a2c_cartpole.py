@@ -371,6 +371,7 @@ def learn(
             writer.add_scalar("losses/policy_loss", policy_loss.item(), timesteps)
             writer.add_scalar("losses/entropy", entropy.item(), timesteps)
 
+    bar.close()
     nn.utils.vector_to_parameters(average, network.parameters())
     solved = final_steps.min() >= SUCCESS_STEPS
     return episodes - 1 if solved else None, episodes, timesteps
@@ -475,10 +476,7 @@ def train(args: Args) -> Result:
     try:
         if not args.eval_only:
             solved_episode, episodes, steps = learn(args, network, device, writer)
-    except KeyboardInterrupt:
-        tqdm.write(f"Interrupted. The weights so far are in {run_dir}")
-        raise
-    finally:
+    finally:  # after Ctrl-C as well
         seconds = time.perf_counter() - started
         writer.close()
         torch.save(network.state_dict(), run_dir / "weight_end.pth")
@@ -515,4 +513,5 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("\nInterrupted. The weights so far are in the run's folder.", file=sys.stderr)
         sys.exit(130)

@@ -498,10 +498,7 @@ def train(args: Args) -> Result:
     try:
         if not args.eval_only:
             solved_episode, episodes, steps = learn(args, network, device, writer)
-    except KeyboardInterrupt:
-        tqdm.write(f"Interrupted. The weights so far are in {run_dir}")
-        raise
-    finally:
+    finally:  # after Ctrl-C as well
         seconds = time.perf_counter() - started
         writer.close()
         torch.save(network.state_dict(), run_dir / "weight_end.pth")
@@ -538,4 +535,5 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("\nInterrupted. The weights so far are in the run's folder.", file=sys.stderr)
         sys.exit(130)

@@ -4,8 +4,8 @@
     python benchmarks/cartpole_seeds.py a2c_cartpole --seeds 5 --jobs 4 --results /tmp/try
     python benchmarks/cartpole_seeds.py per_cartpole --tag paper -- --alpha 0.6 --beta 0.4
 
-Every seed is a process of its own, with one thread, as a user would start it; flags after a bare --
-go to the script. Three files come out, under benchmarks/results/:
+The seeds are shared out among processes with one thread each; flags after a bare -- go to the
+script. Three files come out, under benchmarks/results/:
 
     cartpole_dqn.csv           one row a seed: the numbers of its result.json
     cartpole_dqn_episodes.csv  one row an episode: the steps it lasted (A2C: environment 0's)
@@ -13,13 +13,16 @@ go to the script. Three files come out, under benchmarks/results/:
 """
 
 import argparse
+import contextlib
 import csv
-import json
+import importlib
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -27,31 +30,28 @@ import matplotlib
 matplotlib.use("Agg")  # pictures go to files: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 COLUMNS = "seed solved_episode episodes steps seconds steps_per_second eval_mean eval_std".split()
-ONE_CORE = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
-def run_seed(script: str, seed: int, flags: list[str]) -> tuple[dict, list[int]]:
-    """Runs the script with one seed; returns its result and the steps of each episode."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / f"{script}.py", "--seed", str(seed), "--device", "cpu"]
-        done = subprocess.run(
-            [*command, "--runs-dir", folder, *flags],
-            env={**os.environ, **ONE_CORE},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise SystemExit(f"{script} --seed {seed} failed:\n{done.stderr[-2000:]}")
+def run_seed(script_name: str, seed: int, flags: list[str]) -> tuple[dict, list[int]]:
+    """Trains with one seed; returns the result and the steps of each episode."""
+    script = importlib.import_module(script_name)
+    script.film = lambda *args: None  # twenty films of the same are not needed
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
+        seed_flags = ["--seed", str(seed), "--device", "cpu", "--runs-dir", folder]
+        args = tyro.cli(script.Args, args=seed_flags + flags)
+        with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            result = asdict(script.train(args))
         (run_dir,) = Path(folder).iterdir()
-        result = json.loads((run_dir / "result.json").read_text())
         events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
         episodes = [int(event.value) for event in events.Scalars("charts/episodic_length")]
     print(
-        f"{script} seed {seed}: solved {result['solved_episode']}, "
+        f"{script_name} seed {seed}: solved {result['solved_episode']}, "
         f"evaluation {result['eval_mean']:.1f}, {result['seconds']:.0f} s",
         flush=True,
     )
@@ -98,8 +98,9 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="flags for the script, after a bare --")
     args = parser.parse_args()
 
-    with ThreadPoolExecutor(args.jobs) as pool:  # threads that only wait for their process
-        runs = list(pool.map(lambda s: run_seed(args.script, s, args.flags), range(args.seeds)))
+    spawn = multiprocessing.get_context("spawn")  # a process that shares nothing, on every system
+    with ProcessPoolExecutor(args.jobs, spawn) as pool:
+        runs = list(pool.map(partial(run_seed, args.script, flags=args.flags), range(args.seeds)))
 
     tag = f"_{args.tag}" if args.tag else ""
     name = "cartpole_" + args.script.removesuffix("_cartpole") + tag

@@ -285,8 +285,8 @@ def test_ctrl_c_saves_the_weights_and_exits_with_130(name, tmp_path, monkeypatch
     (run_dir,) = tmp_path.iterdir()
     assert torch.load(run_dir / "weight_end.pth", weights_only=True)
     assert not (run_dir / "result.json").exists()
-    last_line = capsys.readouterr().out.splitlines()[-1]
-    assert last_line == f"Interrupted. The weights so far are in {run_dir}"
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == "Interrupted. The weights so far are in the run's folder."
 
 
 @each_script

@@ -287,7 +287,7 @@ def ours(script, network: nn.Module, **flags) -> int:
 
 
 def ours_q_learning(script, seed: int, num_episodes: int) -> int:
-    return ours(script, script.QNetwork(32), seed=seed, num_episodes=num_episodes)
+    return ours(script, script.QNetwork(32, False), seed=seed, num_episodes=num_episodes)
 
 
 def ours_a2c(seed: int, timesteps: int) -> int:
@@ -319,7 +319,7 @@ def ours_per(policy: nn.Module, transitions: list[tuple], num_episodes: int) -> 
             for transition in transitions:
                 self.push(*transition)
 
-    network = per_cartpole.QNetwork(32)
+    network = per_cartpole.QNetwork(32, False)
     network.load_state_dict(policy.state_dict())
     per_cartpole.ReplayMemory, plain = FullMemory, per_cartpole.ReplayMemory
     try:
@@ -364,7 +364,7 @@ def write_rows(path: Path, rows: list[list]) -> None:
 def trained_policy() -> nn.Module:
     """A policy that holds the pole up, so that the measured episodes have their usual length."""
     torch.manual_seed(0)
-    policy = per_cartpole.QNetwork(32)
+    policy = per_cartpole.QNetwork(32, False)
     rate(ours, per_cartpole, policy)
     return policy
 

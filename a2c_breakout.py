@@ -103,7 +103,9 @@ class Args:
     learning_rate: float = 7e-4
     """learning rate of RMSprop, greater than 0"""
     anneal_lr: bool = False
-    """lower the learning rate linearly to 0 over the run"""
+    """lower the learning rate linearly to 0"""
+    anneal_timesteps: int = 0
+    """with --anneal-lr: over this many timesteps at the end, before that it is constant; 0: over the whole run"""
     rmsprop_eps: float = 1e-5
     """term in RMSprop's denominator, greater than 0"""
     rmsprop_alpha: float = 0.99
@@ -121,7 +123,7 @@ class Args:
     resume: Path | None = None
     """folder of the run to go on with; a new or empty folder starts one there"""
     checkpoint_every: int = 2000
-    """updates between two checkpoints, 1 or more"""
+    """updates between two checkpoints, 1 or more; a run begins and ends with one too"""
     save_every: int = 12_500
     """updates between two files of weights that are kept (weight_12500.pth ...), 1 or more"""
     log_every: int = 100
@@ -156,6 +158,8 @@ def check(args: Args) -> None:
         ("--total-timesteps", args.total_timesteps >= args.num_envs * args.num_steps,
          f"at least one update of {args.num_envs} * {args.num_steps} timesteps"),
         ("--learning-rate", 0 < args.learning_rate < math.inf, "greater than 0 and finite"),
+        ("--anneal-timesteps", args.anneal_lr or args.anneal_timesteps == 0, "0 without --anneal-lr"),
+        ("--anneal-timesteps", 0 <= args.anneal_timesteps <= args.total_timesteps, "from 0 to --total-timesteps"),
         ("--rmsprop-eps", 0 < args.rmsprop_eps < math.inf, "greater than 0 and finite"),
         ("--rmsprop-alpha", 0 <= args.rmsprop_alpha < 1, "from 0 to below 1"),
         ("--gamma", 0 <= args.gamma <= 1, "from 0 to 1"),
@@ -214,7 +218,8 @@ class MaxAndSkip(gym.Wrapper):
         return self.screens[0], total_reward, terminated, truncated, info
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole emulator, and the generator that draws the no-ops. The screens are filled anew by each step."""
+        """The whole emulator, and the generator that draws the no-ops. The screens are filled anew by each step (or,
+        where the game ends before the third frame, by the reset that follows)."""
         return {
             "emulator": self.unwrapped.ale.cloneSystemState().serialize(),
             "noop_generator": self.unwrapped.np_random.bit_generator.state,
@@ -279,7 +284,8 @@ class Warp(gym.ObservationWrapper):
 class FrameStack(gym.Wrapper):
     """Shows the last four frames, (84, 84, 4) uint8, the newest last: a single one does not tell where the ball flies.
 
-    The four values of a pixel share one 32-bit word, the oldest in its lowest byte: one shift moves them all.
+    The four values of a pixel share one 32-bit word, the oldest in its lowest byte: one shift moves them all. The
+    array is the same at every step: who keeps an observation copies it.
     """
 
     def __init__(self, env: gym.Env):
@@ -481,7 +487,7 @@ def act(network: ActorCritic, observations: torch.Tensor, generator: torch.Gener
 
 
 def compute_returns(rewards: torch.Tensor, masks: torch.Tensor, last_values: torch.Tensor, gamma: float):
-    """Discounted returns (T, N) of rewards (T, N); last_values (N,) follow step T - 1. None leaks past a mask of 0."""
+    """Discounted returns (T, N) of rewards (T, N); last_values (N,) follow step T - 1. A mask of 0 ends a return."""
     returns, following = torch.empty_like(rewards), last_values
     for t in reversed(range(len(rewards))):
         following = returns[t] = rewards[t] + gamma * masks[t] * following
@@ -556,15 +562,24 @@ def settings(args: Args) -> dict[str, Any]:
     return values
 
 
-def refuse_changes(args: Args, saved: dict[str, Any], source: Path) -> None:
-    """Raises UserError if these arguments would give another result than the run was started for."""
-    free = {"runs_dir", "checkpoint_every", "save_every", "log_every"}
-    free |= set() if args.anneal_lr else {"total_timesteps"}  # the annealed rate depends on the run's length
+def refuse_changes(args: Args, saved: dict[str, Any], source: Path, updates_done: int = 0) -> None:
+    """Raises UserError if a run with these arguments from the start would not have come to where this one is.
+
+    How long it runs and when its learning rate falls may change, as long as the updates_done had the same rate.
+    """
+    saved = settings(Args()) | saved  # a run from before a flag existed had its default
+    changed = {name: value for name, value in settings(args).items() if value != saved[name]}
+    schedule = ["total_timesteps", "anneal_lr", "anneal_timesteps"]
+    free = {"runs_dir", "checkpoint_every", "save_every", "log_every", *schedule}
     free |= set() if torch.cuda.is_available() else {"device"}  # without CUDA all of them are the CPU
-    for name, value in settings(args).items():
-        if name not in free and value != saved.get(name):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"cannot resume with {flag} {value}: {source} says {saved.get(name)}")
+    for name in changed.keys() - free:
+        raise UserError(f"cannot resume with --{name.replace('_', '-')} {changed[name]}: {source} says {saved[name]}")
+    before = Args(**saved)
+    for update in range(updates_done):
+        if learning_rate(args, update) != learning_rate(before, update):
+            flags = [f"--{name.replace('_', '-')} {changed[name]}" for name in schedule if name in changed]
+            raise UserError(f"cannot resume with {' '.join(flags)}: of the {updates_done} updates of {source}, "
+                            f"update {update} would have had another learning rate")  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -596,7 +611,7 @@ def load_checkpoint(args: Args) -> dict[str, Any] | None:
             raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # nothing in it can run code
         update, ranks = checkpoint["progress"]["update"], len(checkpoint["ranks"])
-        refuse_changes(args, checkpoint["args"], path)
+        refuse_changes(args, checkpoint["args"], path, update)
     except UserError:
         raise
     except Exception:  # a damaged file makes torch.load and zipfile raise nearly anything
@@ -636,6 +651,14 @@ def stop_requests():
             signal.signal(signum, handler)
 
 
+def learning_rate(args: Args, update: int) -> float:
+    """The learning rate of an update, counted from 0: constant, or with --anneal-lr falling to 0 at the end."""
+    timesteps_per_update = args.num_envs * args.num_steps
+    num_updates = args.total_timesteps // timesteps_per_update
+    falling = args.anneal_timesteps / timesteps_per_update or num_updates
+    return args.learning_rate * min(1.0, (num_updates - update) / falling) if args.anneal_lr else args.learning_rate
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -658,17 +681,21 @@ def train(args: Args) -> Result:
     with make_env(args.env_id) as env:
         num_actions = int(env.action_space.n)
     checkpoint = load_checkpoint(args)
+    num_envs = args.num_envs // WORLD_SIZE  # of this rank; N below, and num_steps is T
+    try:
+        storage = RolloutStorage(args.num_steps, num_envs)
+    except RuntimeError as error:
+        raise UserError(f"no (shared) memory for {num_envs} environments of {args.num_steps} steps: "
+                        f"{str(error).splitlines()[0]}") from None  # fmt: skip
     run_dir = make_run_dir(args) if RANK == 0 else None
     progress = {"update": 0, "seconds": 0.0, "games": 0, "last_returns": []}
     if checkpoint:
         progress = checkpoint["progress"]
-    num_envs = args.num_envs // WORLD_SIZE  # of this rank; N below, and num_steps is T
     timesteps_per_update = args.num_envs * args.num_steps
     num_updates = args.total_timesteps // timesteps_per_update
     first_timestep = progress["update"] * timesteps_per_update
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    storage = RolloutStorage(args.num_steps, num_envs)
 
     with (
         stop_requests() as stop_signals,
@@ -694,6 +721,17 @@ def train(args: Args) -> Result:
                 envs.ask("load_state_dict", checkpoint["ranks"][RANK]["envs"])
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise UserError(f"cannot resume: the checkpoint does not fit: {str(error).splitlines()[0]}") from None
+
+        def save_checkpoint() -> None:
+            mine = {"generator": generator.get_state(), "life_returns": storage.life_returns.clone()}
+            ranks = gather(mine | {"envs": envs.ask("state_dict")})
+            if RANK == 0:
+                writer.flush()
+                save(run_dir / "checkpoint.pth", {
+                    "args": settings(args), "progress": progress, "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(), "ranks": ranks,
+                })  # fmt: skip
+
         if len(set(gather(progress["update"]))) > 1:
             raise UserError("the ranks see different checkpoints: is the folder on a disk that all machines share?")
         if RANK == 0:
@@ -703,11 +741,12 @@ def train(args: Args) -> Result:
                 tqdm.write("--bf16: this processor has no bfloat16 instructions; float32 is 10 times faster")
             if not checkpoint:
                 save(run_dir / "weight_0.pth", network.state_dict())
+        if not checkpoint:
+            save_checkpoint()  # now, so that a disk which is full shows now, and memory has its final size
         start, seconds_before, games = time.perf_counter(), progress["seconds"], []
 
         for update in range(progress["update"], num_updates):
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / num_updates)
+            optimizer.param_groups[0]["lr"] = learning_rate(args, update)
 
             # 1. Act and step: T decisions in each of the N environments, all with the same network
             for t in range(args.num_steps):
@@ -740,7 +779,7 @@ def train(args: Args) -> Result:
             progress["update"] = update + 1
             bar.update(timesteps_per_update)
 
-            # 5. Log and save, now and then. Only here are the losses looked at, for which a GPU has to be waited for
+            # 5. Log and save, now and then. Reading the losses makes the CPU wait for a GPU: it is done only here
             logging = update % args.log_every == 0
             keeping = (update + 1) % args.save_every == 0
             checkpointing = (update + 1) % args.checkpoint_every == 0 or stop or update + 1 == num_updates
@@ -772,14 +811,7 @@ def train(args: Args) -> Result:
             if keeping and RANK == 0:
                 save(run_dir / f"weight_{update + 1}.pth", network.state_dict())
             if checkpointing:
-                mine = {"generator": generator.get_state(), "life_returns": storage.life_returns.clone()}
-                ranks = gather(mine | {"envs": envs.ask("state_dict")})
-                if RANK == 0:
-                    writer.flush()
-                    save(run_dir / "checkpoint.pth", {
-                        "args": settings(args), "progress": progress, "network": network.state_dict(),
-                        "optimizer": optimizer.state_dict(), "ranks": ranks,
-                    })  # fmt: skip
+                save_checkpoint()
             if stop:
                 break
         if WORLD_SIZE > 1:

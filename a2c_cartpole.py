@@ -17,7 +17,7 @@ and how likely each action should be (the actor, pi). 32 environments are played
 5 steps in each, all decisions go into one gradient step, and are then forgotten. No memory is
 needed: 32 environments at 32 different moments are random enough a batch.
 
-    R_t  = r_t + gamma * R_t+1       (R_t = r_t at an end; V where the 5 steps break off)
+    R_t  = r_t + gamma * R_{t+1}     (R_t = r_t at an end; V where the 5 steps break off)
     A_t  = R_t - V(s_t)              (advantage: how much better it went than expected)
     loss = 0.5 * mean A_t^2 - mean A_t * log pi(a_t | s_t) - 0.01 * mean entropy(pi(. | s_t))
 
@@ -96,7 +96,7 @@ class Args:
     num_steps: int = 5
     """steps of each environment before an update, and the length of the return, 1 or more"""
     total_timesteps: int = 5_120_000
-    """decisions, over all environments, at most, 1 or more"""
+    """decisions, over all environments, at most (the last rollout is finished), 1 or more"""
     learning_rate: float = 0.01
     """step size of Adam, greater than 0"""
     gamma: float = 0.99
@@ -144,6 +144,7 @@ def check(args: Args) -> None:
         ("--seed", 0 <= args.seed < 2**32, "from 0 to 2**32 - 1"),
         ("--num-envs", 1 <= args.num_envs <= 65536, "from 1 to 65536"),
         ("--num-steps", 1 <= args.num_steps <= 65536, "from 1 to 65536"),
+        ("--num-steps", args.num_envs * args.num_steps <= 10**7, "10**7 / --num-envs at most"),
         ("--total-timesteps", args.total_timesteps >= 1, "1 or more"),
         ("--learning-rate", 0 < args.learning_rate < math.inf, "greater than 0 and finite"),
         ("--gamma", 0 <= args.gamma <= 1, "from 0 to 1"),
@@ -230,8 +231,11 @@ class ActorCritic(nn.Module):
 @torch.no_grad()
 def act(network: ActorCritic, observations: np.ndarray, device: torch.device) -> np.ndarray:
     """Draws an action from the policy for each observation: (num_envs, 4) -> (num_envs,) int64."""
-    _, logits = network(torch.as_tensor(observations, device=device))
-    return torch.multinomial(logits.softmax(-1), 1).squeeze(-1).cpu().numpy()
+    _, logits = network(torch.as_tensor(observations, device=device))  # (num_envs, 2)
+    # The argmax of p / Exp(1) is distributed as p. torch.multinomial does the same and checks its
+    # input, which costs 10% of the steps a second.
+    scores = logits.softmax(-1) / torch.empty_like(logits).exponential_()  # (num_envs, 2)
+    return scores.argmax(-1).cpu().numpy()
 
 
 @torch.no_grad()
@@ -274,7 +278,7 @@ class RolloutStorage:
 
 
 def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: float) -> Tensor:
-    """R_t = r_t + gamma * mask_t * R_t+1; no return leaks past a mask of 0.
+    """R_t = r_t + gamma * mask_t * R_{t+1}; no return leaks past a mask of 0.
 
     rewards, masks and the result are (num_steps, num_envs); last_values (num_envs,) are those of
     the observations after the rollout.
@@ -302,9 +306,22 @@ def compute_losses(
     return value_loss, policy_loss, entropy
 
 
-def flat_weights(network: ActorCritic) -> Tensor:
-    """A copy of all weights as one vector, (number of weights,)."""
-    return nn.utils.parameters_to_vector(network.parameters()).detach()
+def join_weights(network: ActorCritic) -> nn.Parameter:
+    """Moves all weights into one vector, (number of weights,); the layers keep views of it.
+
+    Adam and the average then have one tensor to go through, not eight: 5% more steps a second.
+    Call it when the network is complete and on its device. The gradients are views as well: set to
+    None they would be lost, and Adam would move nothing.
+    """
+    weights = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
+    weights.grad = torch.zeros_like(weights)
+    start = 0
+    for parameter in network.parameters():
+        end = start + parameter.numel()
+        parameter.data = weights.data[start:end].view_as(parameter)
+        parameter.grad = weights.grad[start:end].view_as(parameter)
+        start = end
+    return weights
 
 
 def learn(
@@ -312,15 +329,17 @@ def learn(
 ) -> tuple[int | None, int, int]:
     """Trains the network in place, until it is solved or the timesteps are used up.
 
-    In the end the network has the averaged weights. Returns the index (from 0) of environment 0's
-    last episode if solved, else None; the number of its episodes; the number of all decisions.
+    In the end (not after Ctrl-C) the network has the averaged weights. Returns the index (from 0)
+    of environment 0's last episode if solved, else None; the number of its episodes; the number of
+    all decisions.
     """
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
+    weights = join_weights(network)
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, fused=True)
     envs = CartPoles(args.num_envs, args.seed)
     storage = RolloutStorage(args.num_steps, args.num_envs)
     final_steps = np.zeros(args.num_envs, np.int64)  # of each environment's last whole episode
     last_steps: deque[int] = deque(maxlen=10)  # of environment 0's last whole episodes
-    average = flat_weights(network)
+    average = weights.detach().clone()
     episodes, timesteps, updates = 0, 0, 0
     bar = tqdm(total=args.total_timesteps, unit="timestep")
     started = time.perf_counter()
@@ -356,23 +375,25 @@ def learn(
         loss = args.value_loss_coef * value_loss + policy_loss - args.entropy_coef * entropy
 
         # 4. update
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # zeroed, not removed: see join_weights
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+        nn.utils.clip_grad_norm_([weights], args.max_grad_norm)
         optimizer.step()
-        average.lerp_(flat_weights(network), 1 - args.average_decay)
+        average.lerp_(weights.detach(), 1 - args.average_decay)
         updates += 1
 
         # 5. log
         bar.update(timesteps - bar.n)
         if updates % LOG_EVERY == 0:
+            if not loss.isfinite():
+                raise UserError(f"update {updates}: the loss is not finite, lower --learning-rate")
             writer.add_scalar("charts/SPS", timesteps / (time.perf_counter() - started), timesteps)
             writer.add_scalar("losses/value_loss", value_loss.item(), timesteps)
             writer.add_scalar("losses/policy_loss", policy_loss.item(), timesteps)
             writer.add_scalar("losses/entropy", entropy.item(), timesteps)
 
     bar.close()
-    nn.utils.vector_to_parameters(average, network.parameters())
+    weights.data.copy_(average)
     solved = final_steps.min() >= SUCCESS_STEPS
     return episodes - 1 if solved else None, episodes, timesteps
 

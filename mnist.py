@@ -44,7 +44,7 @@ Differs from the book:
   steps are still long, and where they end is luck: 20 seeds gave 95.1 to 96.7% correct, mean 96.0%.
   With the fall it was 97.6 to 98.0%, mean 97.8%. --no-anneal-lr is the book's recipe.
 - A batch is cut out of the data in one operation, not put together from 64 single pictures; Adam is
-  the fused one; one thread. Together 0.55 of the time, see make_loader and train.
+  the fused one; one thread. Together 0.43 of the time, see make_loader and train.
 """
 
 import gzip
@@ -476,8 +476,8 @@ def train(args: Args) -> Result:
     """The six steps, one after the other; what they produce goes into the run's folder."""
     check(args)
     device = choose_device(args.device)
-    # These matrices are too small to share: a second thread gains a tenth on an idle machine,
-    # and where another program wants its core, the run takes ten times as long, waiting for it.
+    # These matrices are too small to share: a second thread makes the run longer (a quarter in the
+    # median of 5), ten times as long where another program wants its core, waiting for it.
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
 

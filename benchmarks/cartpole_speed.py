@@ -321,9 +321,10 @@ def ours_per(policy: nn.Module, transitions: list[tuple], num_episodes: int) -> 
 
     network = per_cartpole.QNetwork(32, False)
     network.load_state_dict(policy.state_dict())
+    flags = {"uniform_episodes": 0, "alpha": 1.0, "beta": 0.0}  # the book's
     per_cartpole.ReplayMemory, plain = FullMemory, per_cartpole.ReplayMemory
     try:
-        return ours(per_cartpole, network, num_episodes=num_episodes, uniform_episodes=0)
+        return ours(per_cartpole, network, num_episodes=num_episodes, **flags)
     finally:
         per_cartpole.ReplayMemory = plain
 
@@ -373,7 +374,7 @@ def compare(
     policy: nn.Module, transitions: list[tuple], pairs: int, size: float, path: Path
 ) -> None:
     """Runs both ways in turn; size scales the lengths of the runs."""
-    episodes, timesteps = max(1, round(60 * size)), max(160, round(20_000 * size))
+    episodes, timesteps = max(1, round(125 * size)), max(160, round(20_000 * size))
     contests = {
         "dqn": (
             lambda seed: ours_q_learning(dqn_cartpole, seed, episodes),
@@ -395,6 +396,7 @@ def compare(
     rows = [["script", "pair", "steps_per_second", "book_steps_per_second", "ratio"]]
     for name, (our_way, books_way) in contests.items():
         ratios = []
+        rate(our_way, 0), rate(books_way, 0)  # the first run of a process is slower
         for pair in range(pairs):
             torch.manual_seed(pair)
             fast, slow = rate(our_way, pair), rate(books_way, pair)
@@ -442,7 +444,7 @@ def profile(policy: nn.Module, transitions: list[tuple], size: float, path: Path
             watch.time("memory", script.ReplayMemory, "push")
             watch.time("memory", script.ReplayMemory, "sample")
             watch.time("update", script, "update")
-            loop, *settings = ours_q_learning, script, 0, max(40, round(60 * size))
+            loop, *settings = ours_q_learning, script, 0, max(40, round(125 * size))
         if script is per_cartpole:
             watch.time("memory", script.ReplayMemory, "sample_by_priority")
             watch.time("priorities", script, "td_errors")

@@ -1,7 +1,7 @@
 """Trains mnist.py with many seeds: as it is, and with the book's constant learning rate.
 
     python benchmarks/mnist_accuracy.py --data-dir data/mnist
-    python benchmarks/mnist_accuracy.py --seeds 3 --results /tmp/try
+    python benchmarks/mnist_accuracy.py --seeds 3 --results trial
 
 One row a run in benchmarks/results/mnist_accuracy.csv; of the first run also its pictures,
 mnist_test_image.png and mnist_most_wrong.png.

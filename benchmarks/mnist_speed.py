@@ -1,7 +1,7 @@
 """Times three epochs of mnist.py against the same network trained in the usual way.
 
     python benchmarks/mnist_speed.py --data-dir data/mnist
-    python benchmarks/mnist_speed.py --rounds 3 --results /tmp/try
+    python benchmarks/mnist_speed.py --rounds 3 --results trial
 
 The programs take turns, so that a busy moment of the machine meets them all; what counts is the
 median over the rounds of the ratio to the usual way in the same round. The usual way is

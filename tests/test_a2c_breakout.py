@@ -404,6 +404,16 @@ def test_annealing_lowers_the_learning_rate_to_its_last_share(tmp_path):
     assert rates == pytest.approx([7e-4 * (10 - update) / 10 for update in range(10)])
 
 
+def test_annealing_can_be_kept_to_the_end(tmp_path):
+    args = a2c.Args(total_timesteps=800, anneal_lr=True, anneal_timesteps=320)
+    shares = [a2c.learning_rate(args, update) / args.learning_rate for update in range(10)]
+    assert shares == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    train(tmp_path, anneal_lr=True, anneal_timesteps=40, log_every=1)
+    events = EventAccumulator(str(max(tmp_path.iterdir()))).Reload()
+    rates = [event.value for event in events.Scalars("charts/learning_rate")]
+    assert rates == pytest.approx([7e-4] * 9 + [3.5e-4])
+
+
 def test_whole_games_are_logged_once_each(tmp_path):
     """Games of five lives, each at the timestep of its last decision."""
     result = a2c.train(a2c.Args(num_envs=4, total_timesteps=4000, runs_dir=tmp_path))
@@ -423,6 +433,9 @@ def test_whole_games_are_logged_once_each(tmp_path):
         ({"num_envs": -3}, "--num-envs"),
         ({"num_steps": 0}, "--num-steps"),
         ({"total_timesteps": 79}, "--total-timesteps"),
+        ({"anneal_timesteps": 80}, "--anneal-timesteps must be 0 without --anneal-lr, not 80"),
+        ({"anneal_lr": True, "anneal_timesteps": -1}, "--anneal-timesteps"),
+        ({"anneal_lr": True, "anneal_timesteps": 10_000_001}, "--anneal-timesteps must be from 0 to --total-timesteps"),
         ({"gamma": float("nan")}, "--gamma must be from 0 to 1, not nan"),
         ({"gamma": 1.1}, "--gamma"),
         ({"learning_rate": float("nan")}, "--learning-rate"),

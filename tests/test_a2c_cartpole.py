@@ -18,7 +18,7 @@ from a2c_cartpole import (
     book_rewards,
     compute_losses,
     compute_returns,
-    flat_weights,
+    join_weights,
     learn,
 )
 
@@ -272,22 +272,30 @@ def test_not_solved_within_the_timesteps(monkeypatch):
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_the_network_ends_with_the_averaged_weights(monkeypatch, decay):
-    weights = []
+    history = []
 
-    def spied(network):
-        weights.append(flat_weights(network))
-        return weights[-1].clone()
+    def joined(network):
+        weights = join_weights(network)
+        history.append(weights.detach().clone())
+        monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: stepped(optimizer, weights))
+        return weights
 
-    monkeypatch.setattr(a2c_cartpole, "flat_weights", spied)
+    def stepped(optimizer, weights):
+        step(optimizer)
+        history.append(weights.detach().clone())
+
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(a2c_cartpole, "join_weights", joined)
     torch.manual_seed(0)
     network = ActorCritic(32)
     args = Args(num_envs=4, total_timesteps=300, average_decay=decay)
     learn(args, network, CPU, NoWriter())
-    average = weights[0]
-    for step in weights[1:]:
-        average = decay * average + (1 - decay) * step
-    assert len(weights) > 10
-    torch.testing.assert_close(flat_weights(network), average)
+    average = history[0]
+    for weights in history[1:]:
+        average = decay * average + (1 - decay) * weights
+    assert len(history) > 10
+    result = nn.utils.parameters_to_vector(network.parameters())
+    torch.testing.assert_close(result, average)
 
 
 def test_one_environment_and_one_step_can_be_nothing_but_a_reset():

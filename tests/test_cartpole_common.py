@@ -65,6 +65,24 @@ def main_in_process(name: str, monkeypatch, *arguments: str) -> SystemExit:
 
 
 @each_script
+def test_every_layer_learns(name, tmp_path, no_film):
+    script = importlib.import_module(name)
+    torch.manual_seed(0)
+    network = script.ActorCritic(32) if name == A2C else script.QNetwork(32, True)
+    script.train(short_args(name, tmp_path))  # with the same seed
+    (path,) = tmp_path.glob("*/weight_end.pth")
+    for layer, weights in torch.load(path).items():
+        assert not torch.equal(weights, network.state_dict()[layer]), layer
+
+
+@each_script
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(name, tmp_path, no_film):
+    script = importlib.import_module(name)
+    with pytest.raises(script.UserError, match="the loss is not finite"):
+        script.train(short_args(name, tmp_path, learning_rate=1e30))
+
+
+@each_script
 def test_a_copy_runs_alone_as_a_user_would(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
     command = [sys.executable, f"{name}.py", *flags(seed=3, eval_episodes=3, **SHORT[name])]

@@ -36,29 +36,30 @@ BATCH = Batch(
     states(1, 2, 2),
     torch.tensor([1.0, 1.0, 0.0]),  # the last one ended its episode
 )
+NEXT_VALUES = Table(MAIN)(BATCH.next_states).detach()
 
 
 def test_main_network_chooses_and_target_network_values():
-    targets = td_targets(Table(MAIN), Table(TARGET), BATCH, 0.9)
+    targets = td_targets(NEXT_VALUES, Table(TARGET).requires_grad_(False), BATCH, 0.9)
     torch.testing.assert_close(targets, torch.tensor([0.5 + 0.9 * 7, 0.9 * 4, -1.0]))
     assert not targets.requires_grad
 
 
 def test_the_target_differs_from_that_of_dqn():
     batch = dqn_cartpole.Batch(*BATCH)
-    plain = dqn_cartpole.td_targets(Table(MAIN), batch, 0.9)
+    plain = dqn_cartpole.td_targets(NEXT_VALUES, batch, 0.9)
     torch.testing.assert_close(plain, torch.tensor([0.5 + 0.9 * 3, 0.9 * 5, -1.0]))
-    same = td_targets(Table(MAIN), Table(MAIN), BATCH, 0.9)  # one network for both: plain DQN
+    same = td_targets(NEXT_VALUES, Table(MAIN), BATCH, 0.9)  # one network for both: plain DQN
     torch.testing.assert_close(same, plain)
 
 
 def test_an_end_bootstraps_nothing():
     ended = BATCH._replace(masks=torch.zeros(3))
-    assert torch.equal(td_targets(Table(MAIN), Table(TARGET), ended, 0.9), BATCH.rewards)
+    assert torch.equal(td_targets(NEXT_VALUES, Table(TARGET), ended, 0.9), BATCH.rewards)
 
 
 def test_update_moves_the_main_network_only():
-    main, target = Table(MAIN), Table(TARGET)
+    main, target = Table(MAIN), Table(TARGET).requires_grad_(False)
     optimizer = torch.optim.SGD(main.parameters(), lr=1.0)
     loss, values = update(main, target, optimizer, BATCH, 0.9)
     assert values.tolist() == [0.0, 0.0, 3.0]
@@ -94,6 +95,7 @@ def test_the_target_is_copied_after_every_interval_and_unchanged_between(monkeyp
     env, main, seen = CountedEnv(), QNetwork(32, False), []
 
     def spied_update(network, target_network, optimizer, batch, gamma):
+        assert not any(parameter.requires_grad for parameter in target_network.parameters())
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.01)  # the main network moves at every step

@@ -43,3 +43,17 @@ def test_names_and_their_order_stay_the_same(name):
 
     ours = names(name)
     assert [n for n in ours if n in names("dqn_cartpole")] == names("dqn_cartpole")
+
+
+@pytest.mark.parametrize("name", ["NoopReset", "MaxAndSkip", "EpisodicLife", "Warp", "FrameStack"])
+def test_play_breakout_has_the_wrappers_that_were_trained_with(name):
+    """All but the two methods that only a checkpoint needs."""
+
+    def wrapper(script):
+        definitions = ast.parse("\n".join(body(script))).body
+        [found] = [node for node in definitions if getattr(node, "name", None) == name]
+        checkpointing = ("state_dict", "load_state_dict")
+        found.body = [node for node in found.body if getattr(node, "name", None) not in checkpointing]
+        return ast.unparse(found)
+
+    assert wrapper("play_breakout") == wrapper("a2c_breakout")

@@ -15,7 +15,7 @@ from dqn_cartpole import (
     QNetwork,
     ReplayMemory,
     book_reward,
-    flat_weights,
+    join_weights,
     learn,
     td_targets,
     update,
@@ -117,16 +117,19 @@ def test_memory_samples_uniformly(count, capacity):
 # ---- targets and update -------------------------------------------------------
 
 
+def targets_of(network: Table, batch: Batch) -> torch.Tensor:
+    return td_targets(network(batch.next_states), batch, 0.9).detach()
+
+
 def test_targets_by_hand():
     network = Table([[0.0, 0.0], [1.0, 3.0], [5.0, 2.0]])
-    targets = td_targets(network, three_transitions([0.5, 0.0, -1.0], [1.0, 1.0, 1.0]), 0.9)
+    targets = targets_of(network, three_transitions([0.5, 0.0, -1.0], [1.0, 1.0, 1.0]))
     torch.testing.assert_close(targets, torch.tensor([0.5 + 0.9 * 3, 0.9 * 5, -1 + 0.9 * 5]))
-    assert not targets.requires_grad
 
 
 def test_an_end_bootstraps_nothing():
     network = Table([[0.0, 0.0], [1.0, 3.0], [5.0, 2.0]])
-    targets = td_targets(network, three_transitions([1.0, -1.0, 0.0], [0.0, 0.0, 0.0]), 0.9)
+    targets = targets_of(network, three_transitions([1.0, -1.0, 0.0], [0.0, 0.0, 0.0]))
     assert targets.tolist() == [1.0, -1.0, 0.0]
 
 
@@ -213,20 +216,46 @@ def test_one_update_per_step_once_a_batch_is_stored(monkeypatch):
     assert calls == [32] * (50 - 31)
 
 
+def test_joined_weights_learn_what_single_ones_learn():
+    networks = [QNetwork(32, zero_init=False), QNetwork(32, zero_init=False)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    before = networks[1](torch.ones(3, 4))
+    weights = join_weights(networks[1])
+    torch.testing.assert_close(networks[1](torch.ones(3, 4)), before)
+    optimizers = [
+        torch.optim.Adam(networks[0].parameters(), lr=0.01),
+        torch.optim.Adam([weights], lr=0.01, fused=True),
+    ]
+    for network, optimizer in zip(networks, optimizers):
+        for step in range(5):
+            update(network, optimizer, three_transitions([step, -1.0, 0.5], [1.0, 0.0, 1.0]), 0.99)
+    for single, joined in zip(*(network.parameters() for network in networks)):
+        torch.testing.assert_close(joined, single)
+    assert not torch.equal(before, networks[1](torch.ones(3, 4)))
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_the_network_ends_with_the_averaged_weights(monkeypatch, decay):
-    weights = []
+    history = []
 
-    def spied(network):
-        weights.append(flat_weights(network))
-        return weights[-1].clone()
+    def joined(network):
+        weights = join_weights(network)
+        history.append(weights.detach().clone())
+        monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: stepped(optimizer, weights))
+        return weights
 
-    monkeypatch.setattr(dqn_cartpole, "flat_weights", spied)
+    def stepped(optimizer, weights):
+        step(optimizer)
+        history.append(weights.detach().clone())
+
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(dqn_cartpole, "join_weights", joined)
     network = QNetwork(32, zero_init=False)
     args = Args(num_episodes=5, average_decay=decay, learning_rate=0.01)
     learn(args, network, CPU, NoWriter())
-    average = weights[0]
-    for step in weights[1:]:
-        average = decay * average + (1 - decay) * step
-    assert len(weights) > 10
-    torch.testing.assert_close(flat_weights(network), average)
+    average = history[0]
+    for weights in history[1:]:
+        average = decay * average + (1 - decay) * weights
+    assert len(history) > 10
+    result = nn.utils.parameters_to_vector(network.parameters())
+    torch.testing.assert_close(result, average)

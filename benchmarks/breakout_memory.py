@@ -4,10 +4,12 @@
     python benchmarks/breakout_memory.py --resume runs/default_seed1                  # any flags of the script
 
 At each line that the script prints, the resident sizes go into benchmarks/results/breakout_memory.csv, in MB. The
-summary compares the last row with that of timestep 20,000.
+summary compares the medians of the three rows around timestep 20,000 and of the last three: single rows differ by the
+15 MB that a gradient step takes and gives back.
 """
 
 import csv
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,15 @@ RESULT = ROOT / "benchmarks" / "results" / "breakout_memory.csv"
 def resident_megabytes(pid: int) -> float:
     fields = Path(f"/proc/{pid}/status").read_text().split()
     return int(fields[fields.index("VmRSS:") + 1]) / 1024
+
+
+def summary(rows: list[list]) -> None:
+    middle = next(i for i, row in enumerate(rows) if row[0] >= 20_000)
+    early, late = rows[middle - 1 : middle + 2], rows[-3:]
+    for column, name in ((1, "process"), (2, "workers")):
+        before, after = (statistics.median(row[column] for row in part) for part in (early, late))
+        print(f"{name}: {before} MB around {rows[middle][0]} timesteps, {after} MB at {rows[-1][0]}, "
+              f"{after / before - 1:+.1%}")  # fmt: skip
 
 
 def main() -> None:
@@ -35,9 +46,7 @@ def main() -> None:
             rows.append([timestep, *(round(size, 1) for size in sizes)])
     with open(RESULT, "w", newline="") as file:
         csv.writer(file).writerows([["timestep", "process_mb", "workers_mb"], *rows])
-    early = next(row for row in rows if row[0] >= 20_000)
-    for name, before, after in zip(("process", "workers"), early[1:], rows[-1][1:]):
-        print(f"{name}: {before} MB after {early[0]} timesteps, {after} MB after {rows[-1][0]}: {after / before - 1:+.1%}")
+    summary(rows)
     sys.exit(process.wait())
 
 

@@ -194,7 +194,7 @@ def test_every_command_names_a_file_and_flags_that_exist(name):
             if script in SCRIPTS:  # the benchmarks' flags are their own
                 used = set(re.findall(r"--[a-z][\w-]*", rest))
                 assert used <= flags(script), f"{name}: {command}"
-    tools = {"--index-url", "--logdir", "--max-restarts", "--name", "--nproc-per-node", "--shm-size"}
+    tools = {"--index-url", "--logdir", "--max-restarts", "--name", "--nproc-per-node", "--shm-size", "--tag"}
     known = tools.union(*map(flags, SCRIPTS))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
 

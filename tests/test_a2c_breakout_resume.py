@@ -20,7 +20,7 @@ from test_a2c_breakout import children, gone, one_line, run
 import a2c_breakout as a2c
 
 SCRIPT = Path(a2c.__file__)
-FLAGS = ["--num-envs", "4", "--total-timesteps", "2500", "--checkpoint-every", "7", "--log-every", "10"]  # 125 updates
+FLAGS = ["--num-envs", "4", "--total-timesteps", "1500", "--checkpoint-every", "7", "--log-every", "10"]  # 75 updates
 
 
 def start(*flags) -> subprocess.Popen:
@@ -59,9 +59,9 @@ def copy(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def test_six_interruptions_leave_no_trace(whole, tmp_path):
+def test_four_interruptions_leave_no_trace(whole, tmp_path):
     run_dir, moments = tmp_path / "interrupted", random.Random(time.time_ns())
-    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) * 2:
+    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         process = start(*FLAGS, "--resume", run_dir)
         workers = children(process.pid)
         time.sleep(moments.uniform(0, 0.8))
@@ -104,7 +104,7 @@ a2c.train(a2c.parse_args({[*FLAGS, "--resume", str(run_dir)]!r}))
 
 def test_a_finished_run_can_be_made_longer(whole, tmp_path):
     run_dir = tmp_path / "longer"
-    a2c.train(a2c.parse_args(["--num-envs", "4", "--total-timesteps", "1000", "--log-every", "10", "--resume", str(run_dir)]))
+    a2c.train(a2c.parse_args(["--num-envs", "4", "--total-timesteps", "600", "--log-every", "10", "--resume", str(run_dir)]))
     # As if it came from a version that did not have all the flags: they had their defaults then.
     checkpoint = torch.load(run_dir / "checkpoint.pth", weights_only=True)
     arguments = json.loads((run_dir / "args.json").read_text())
@@ -112,14 +112,14 @@ def test_a_finished_run_can_be_made_longer(whole, tmp_path):
         del checkpoint["args"][flag], arguments[flag]
     torch.save(checkpoint, run_dir / "checkpoint.pth")
     (run_dir / "args.json").write_text(json.dumps(arguments))
-    a2c.train(a2c.parse_args(["--total-timesteps", "2500", "--resume", str(run_dir)]))
+    a2c.train(a2c.parse_args(["--total-timesteps", "1500", "--resume", str(run_dir)]))
     assert digest(run_dir) == digest(whole)
     assert curves(run_dir) == curves(whole)
 
 
 def test_a_finished_run_stays_as_it_is(copy):
     before = digest(copy), curves(copy)
-    assert a2c.train(a2c.parse_args(["--resume", str(copy)])).timesteps == 2500
+    assert a2c.train(a2c.parse_args(["--resume", str(copy)])).timesteps == 1500
     assert (digest(copy), curves(copy)) == before
 
 
@@ -140,7 +140,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, tmp_path):
         (["--seed", "2"], "--seed 2"),
         (["--env-id", "PongNoFrameskip-v4"], "--env-id PongNoFrameskip-v4"),
         (["--anneal-lr"], "--anneal-lr True"),
-        (["--total-timesteps", "2000"], "--total-timesteps 2000"),
+        (["--total-timesteps", "1000"], "--total-timesteps 1000"),
     ],
 )
 def test_a_flag_that_would_change_the_result_is_refused_by_name(copy, flags, message):
@@ -165,17 +165,6 @@ def test_a_constant_rate_may_begin_to_fall(tmp_path):
     assert digest(in_two) == digest(one_go)
     with pytest.raises(a2c.UserError, match="--anneal-timesteps 400: .* update 31 would"):
         a2c.train(a2c.parse_args(["--anneal-timesteps", "400", "--resume", str(in_two)]))
-
-
-def test_a_run_killed_before_its_second_checkpoint_starts_from_the_first(whole, tmp_path):
-    process = start(*FLAGS, "--checkpoint-every", "1000", "--resume", tmp_path / "run")
-    while not (tmp_path / "run" / "checkpoint.pth").exists():
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["progress"]["update"] == 0
-    assert run("--resume", tmp_path / "run").returncode == 0
-    assert digest(tmp_path / "run") == digest(whole) and curves(tmp_path / "run") == curves(whole)
 
 
 def test_intervals_may_change(copy):
@@ -263,7 +252,7 @@ def test_a_full_disk_ends_the_run_in_one_line(copy):
     """A limit on the size of a file stands in for the full disk: the kernel refuses the write in the same place."""
     before = (copy / "checkpoint.pth").read_bytes()
     limit = len(before) // 2
-    process = run("--resume", copy, "--total-timesteps", 2700,
+    process = run("--resume", copy, "--total-timesteps", 1700,
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
     assert "cannot write" in one_line(process) and "checkpoint.pth" in process.stderr
     assert (copy / "checkpoint.pth").read_bytes() == before
@@ -287,6 +276,6 @@ def test_a_nan_in_the_loss_leaves_the_last_checkpoint(copy, monkeypatch):
 
     before = (copy / "checkpoint.pth").read_bytes(), digest(copy)
     monkeypatch.setattr(a2c, "compute_losses", poisoned)
-    with pytest.raises(a2c.UserError, match="update 125"):  # the first with a checkpoint behind it
-        a2c.train(a2c.parse_args(["--total-timesteps", "3000", "--log-every", "100", "--resume", str(copy)]))
+    with pytest.raises(a2c.UserError, match="update 76"):  # the first with a checkpoint behind it
+        a2c.train(a2c.parse_args(["--total-timesteps", "2000", "--log-every", "100", "--resume", str(copy)]))
     assert ((copy / "checkpoint.pth").read_bytes(), digest(copy)) == before

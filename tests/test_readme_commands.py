@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,27 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    """What became of each command that is run: {command: process}. Two at a time, as most use one core.
+
+    Those on the run in runs/long, which one process at a time may have, come one after the other.
+    """
+    [example] = (path.name for path in folder.glob("runs/dqn_cartpole__*"))
+    alone = [command for command in commands() if not command.startswith(PARSED_ONLY)]
+    if "MNIST_DIR" not in os.environ:
+        alone = [command for command in alone if "mnist.py" not in command]
+    groups = [[command for command in alone if "runs/long" in command]]
+    groups += [[command] for command in alone if "runs/long" not in command]
+
+    def run_all(group: list[str]) -> list[subprocess.CompletedProcess]:
+        return [run(folder, small(command).replace("runs/...", f"runs/{example}")) for command in group]
+
+    with ThreadPoolExecutor(2) as pool:
+        processes = sum(pool.map(run_all, groups), [])
+    return dict(zip(sum(groups, []), processes, strict=True))
+
+
 def run(folder: Path, command: str) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(["bash", "-c", command], cwd=folder, env=os.environ | {"PATH": path},
@@ -89,7 +111,7 @@ def test_there_are_commands_of_every_script():
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command(folder, command):
+def test_command(folder, outcomes, command):
     assert command.startswith((*RUN, *PARSED_ONLY)), "a new kind of command: is it to be run or only parsed?"
     for word in shlex.split(command.replace(";", " ")):
         if word.endswith((".py", ".txt")):
@@ -98,25 +120,22 @@ def test_command(folder, command):
         return
     if "mnist.py" in command and "MNIST_DIR" not in os.environ:
         pytest.skip("needs the digits: MNIST_DIR=folder")
-    before = set(folder.glob("runs/*"))
-    some_run = next(path for path in before if path.name.startswith("dqn_cartpole__"))
-    done = run(folder, small(command).replace("runs/...", f"runs/{some_run.name}"))
+    done = outcomes[command]
     if command == "python play_breakout.py" and not SHIPPED:
         assert done.returncode == 1 and "no policy to play" in done.stderr
         return
     assert done.returncode == (1 if command.startswith("diff") else 0), done.stderr
     assert done.stdout or command.startswith("cp")
     assert "Traceback" not in done.stderr
-    if command.startswith("python") and "--resume" not in command:
-        [new] = set(folder.glob("runs/*")) - before
-        assert (new / "result.json").exists()
+    if command.startswith("python"):
+        run_dir = folder / re.findall(r"runs/\S+", done.stdout)[-1]
+        assert (run_dir / "result.json").exists()
 
 
 def test_the_python_example(folder):
-    for text in TEXTS:
-        [code] = re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
-        assert "1_000_000" in code
-        (folder / "example.py").write_text(code.replace("1_000_000", "160"))
-        done = run(folder, "python example.py")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == "None"  # no game has ended yet
+    [code] = set(sum((re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S) for text in TEXTS), []))
+    assert "1_000_000" in code
+    (folder / "example.py").write_text(code.replace("1_000_000", "160"))
+    done = run(folder, "python example.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "None"  # no game has ended yet

@@ -233,7 +233,7 @@ def act(network: ActorCritic, observations: np.ndarray, device: torch.device) ->
     """Draws an action from the policy for each observation: (num_envs, 4) -> (num_envs,) int64."""
     _, logits = network(torch.as_tensor(observations, device=device))  # (num_envs, 2)
     # The argmax of p / Exp(1) is distributed as p. torch.multinomial does the same and checks its
-    # input, which costs 10% of the steps a second.
+    # input, which costs 6% of the steps a second.
     scores = logits.softmax(-1) / torch.empty_like(logits).exponential_()  # (num_envs, 2)
     return scores.argmax(-1).cpu().numpy()
 
@@ -251,7 +251,8 @@ def greedy_action(network: ActorCritic, observation: np.ndarray, device: torch.d
 class RolloutStorage:
     """num_steps steps of num_envs environments, in NumPy arrays allocated once.
 
-    NumPy, because small rows go in at every step: 3 us for a step, 30 us into torch tensors.
+    NumPy, because small rows go in at every step, and small sums come out: 10% more steps a second
+    than with torch tensors from the returns on.
     """
 
     def __init__(self, num_steps: int, num_envs: int):
@@ -261,29 +262,32 @@ class RolloutStorage:
         self.masks = np.zeros((num_steps, num_envs), np.float32)  # 0 where an episode ended, else 1
         self.decided = np.zeros((num_steps, num_envs), np.bool_)  # False at a reset step
 
-    def decisions(self, returns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def decisions(
+        self, returns: np.ndarray, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Observations (batch, 4), actions (batch,) and returns (batch,), without the reset steps.
 
         returns is (num_steps, num_envs); batch is the number of decisions in the rollout.
         """
-        device = returns.device
         return (
             torch.from_numpy(self.observations[self.decided]).to(device),
             torch.from_numpy(self.actions[self.decided]).to(device),
-            returns[torch.from_numpy(self.decided).to(device)],
+            torch.from_numpy(returns[self.decided]).to(device),
         )
 
 
 # ---- learning -----------------------------------------------------------------
 
 
-def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: float) -> Tensor:
+def compute_returns(
+    rewards: np.ndarray, masks: np.ndarray, last_values: np.ndarray, gamma: float
+) -> np.ndarray:
     """R_t = r_t + gamma * mask_t * R_{t+1}; no return leaks past a mask of 0.
 
     rewards, masks and the result are (num_steps, num_envs); last_values (num_envs,) are those of
     the observations after the rollout.
     """
-    returns, following = torch.empty_like(rewards), last_values
+    returns, following = np.empty_like(rewards), last_values
     for t in reversed(range(len(rewards))):
         following = returns[t] = rewards[t] + gamma * masks[t] * following
     return returns
@@ -366,16 +370,16 @@ def learn(
         # 2. returns
         with torch.no_grad():
             last_values, _ = network(torch.as_tensor(envs.observations, device=device))
-        rewards = torch.from_numpy(storage.rewards).to(device)
-        masks = torch.from_numpy(storage.masks).to(device)
-        returns = compute_returns(rewards, masks, last_values, args.gamma)  # (num_steps, num_envs)
+        last_values = last_values.cpu().numpy()  # (num_envs,)
+        returns = compute_returns(storage.rewards, storage.masks, last_values, args.gamma)
 
         # 3. loss
-        value_loss, policy_loss, entropy = compute_losses(network, *storage.decisions(returns))
+        batch = storage.decisions(returns, device)
+        value_loss, policy_loss, entropy = compute_losses(network, *batch)
         loss = args.value_loss_coef * value_loss + policy_loss - args.entropy_coef * entropy
 
         # 4. update
-        optimizer.zero_grad(set_to_none=False)  # zeroed, not removed: see join_weights
+        weights.grad.zero_()  # and with it the gradients of all layers: see join_weights
         loss.backward()
         nn.utils.clip_grad_norm_([weights], args.max_grad_norm)
         optimizer.step()

@@ -476,8 +476,8 @@ def train(args: Args) -> Result:
     """The six steps, one after the other; what they produce goes into the run's folder."""
     check(args)
     device = choose_device(args.device)
-    # These matrices are too small to share: a second thread makes the run longer (a quarter in the
-    # median of 5), ten times as long where another program wants its core, waiting for it.
+    # These matrices are too small to share: with the usual loader, one thread takes a quarter less
+    # time than two (median of 5), and it never waits for a core that another program has taken.
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
 

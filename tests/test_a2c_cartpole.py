@@ -51,7 +51,7 @@ def test_returns_against_brute_force_with_several_ends():
     masks[[2, 5, 6, 11], [0, 0, 0, 0]] = 0  # several ends in one environment, one at the very end
     masks[0, 1] = masks[11, 2] = 0
     masks[:, 3] = 0
-    returns = compute_returns(*map(torch.tensor, (rewards, masks, last_values)), gamma=0.9)
+    returns = compute_returns(rewards, masks, last_values, gamma=0.9)
     for env in range(6):
         for start in range(12):
             of_env = rewards[:, env], masks[:, env], last_values[env]
@@ -166,8 +166,8 @@ def test_decisions_leave_out_the_reset_steps():
     storage.observations[:] = np.arange(24).reshape(3, 2, 4)
     storage.actions[:] = np.arange(6).reshape(3, 2)
     storage.decided[:] = [[True, False], [True, True], [False, True]]
-    returns = 10 * torch.arange(6.0).reshape(3, 2)
-    observations, actions, kept = storage.decisions(returns)
+    returns = 10 * np.arange(6.0).reshape(3, 2)
+    observations, actions, kept = storage.decisions(returns, CPU)
     assert actions.tolist() == [0, 2, 3, 5]
     assert kept.tolist() == [0, 20, 30, 50]
     assert observations[:, 0].tolist() == [0, 8, 12, 20]
@@ -210,20 +210,20 @@ def test_returns_in_learning_end_where_an_episode_ends(monkeypatch):
         return compute_losses(network, observations, actions, returns)
 
     def spied_returns(rewards, masks, last_values, gamma):
-        table = torch.zeros(20, 8)
+        table = np.zeros((20, 8), np.float32)
         for t in range(20):
             for i in range(8):
                 of_env = rewards[:, i], masks[:, i], last_values[i]
                 table[t, i] = brute_force_return(*of_env, gamma, start=t)
         expected.append(table)
         assert (masks == 0).sum() > 3  # several ends in a rollout
-        assert torch.equal(masks == 0, rewards != 0)
+        assert np.array_equal(masks == 0, rewards != 0)
         return compute_returns(rewards, masks, last_values, gamma)
 
     class Spied(RolloutStorage):
-        def decisions(self, returns):
-            expected[-1] = expected[-1][torch.from_numpy(self.decided)]
-            return super().decisions(returns)
+        def decisions(self, returns, device):
+            expected[-1] = torch.from_numpy(expected[-1][self.decided])
+            return super().decisions(returns, device)
 
     monkeypatch.setattr(a2c_cartpole, "compute_losses", spied_losses)
     monkeypatch.setattr(a2c_cartpole, "compute_returns", spied_returns)

@@ -15,9 +15,9 @@
 One network answers two questions about each state: how much reward is still to come (the critic, V)
 and how likely each action should be (the actor, pi). 32 environments are played side by side; after
 5 steps in each, all decisions go into one gradient step, and are then forgotten. No memory is
-needed: 32 environments at 32 different moments are random enough a batch.
+needed: 32 environments at 32 different moments make a random enough batch.
 
-    R_t  = r_t + gamma * R_{t+1}     (R_t = r_t at an end; V where the 5 steps break off)
+    R_t  = r_t + gamma * R_{t+1}     (R_t = r_t at an end; R_T = V(s_T) where the 5 steps break off)
     A_t  = R_t - V(s_t)              (advantage: how much better it went than expected)
     loss = 0.5 * mean A_t^2 - mean A_t * log pi(a_t | s_t) - 0.01 * mean entropy(pi(. | s_t))
 
@@ -31,12 +31,13 @@ synchronous.
     python a2c_cartpole.py --seed 7 --num-envs 16 --num-steps 10
     python a2c_cartpole.py --weights runs/.../weight_end.pth --eval-only
 
-The task is the book's: 200 steps an episode, solved when the last episode of every environment had
-196 steps or more, at most 5,120,000 timesteps (a timestep is one decision in one environment). The
-reward is the book's as well, not the environment's +1 a step: 0 on the way, and at the end +1 for
-196 steps or more, -1 for fewer. Every end is terminal, the time limit too: nothing is bootstrapped
-from the state after step 200, though the pole still stands there. With other rewards that would be
-a mistake; here, reaching the limit is the goal itself.
+"The book" is the Japanese textbook series whose programs this collection rebuilds. The task is the
+book's: 200 steps an episode, solved when the last episode of every environment had 196 steps or
+more, at most 5,120,000 timesteps (a timestep is one decision in one environment). The reward is the
+book's as well, not the environment's +1 a step: 0 on the way, and at the end +1 for 196 steps or
+more, -1 for fewer. Every end is terminal, the time limit too: nothing is bootstrapped from the
+state after step 200, though the pole still stands there. With other rewards that would be a
+mistake; here, reaching the limit is the goal itself.
 
 Differs from the book:
 - The weights that are saved and evaluated are a moving average over about 40 updates, the 200 steps
@@ -45,7 +46,7 @@ Differs from the book:
   never sees the average, so the task is solved after just as many episodes.
 - The environments are simulated as one batch, not in a Python loop. Such an environment resets at
   the step after an end and ignores that action; the reset steps count neither in the loss nor as
-  timesteps. The book resets at once, so its batches have always 160 decisions, these a few less.
+  timesteps. The book resets at once, so its batches always have 160 decisions, these a few less.
 - Gymnasium's API: terminated and truncated, and max_episode_steps=200 on CartPole-v1.
 - Film and evaluation are greedy, in a fresh environment.
 """
@@ -86,15 +87,15 @@ class Args:
     """Train an advantage actor-critic (A2C) on CartPole."""
 
     seed: int = 0
-    """seed of every random generator (NumPy, PyTorch, environment), 0 or more"""
+    """seed of every random generator (PyTorch, environments), 0 to 2**32 - 1"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the network lives; auto takes CUDA when there is one"""
     runs_dir: Path = Path("runs")
     """folder in which the run's own folder is made"""
     num_envs: int = 32
-    """environments that step side by side, 1 or more"""
+    """environments that step side by side, 1 to 65536"""
     num_steps: int = 5
-    """steps of each environment before an update, and the length of the return, 1 or more"""
+    """steps of each environment before an update, and the length of the return, 1 to 65536"""
     total_timesteps: int = 5_120_000
     """decisions, over all environments, at most (the last rollout is finished), 1 or more"""
     learning_rate: float = 0.01
@@ -199,7 +200,7 @@ class CartPoles:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Acts, (num_envs,) int64, and returns the rewards, the ends and which were decisions.
 
-        The observations, steps and ends are also kept in this object. Each array is (num_envs,).
+        Each array is (num_envs,). The new observations and step counts stay in this object.
         """
         decided = ~self.dones
         self.observations, _, terminated, truncated, _ = self.envs.step(actions)
@@ -313,9 +314,9 @@ def compute_losses(
 def join_weights(network: ActorCritic) -> nn.Parameter:
     """Moves all weights into one vector, (number of weights,); the layers keep views of it.
 
-    Adam and the average then have one tensor to go through, not eight: 5% more steps a second.
-    Call it when the network is complete and on its device. The gradients are views as well: set to
-    None they would be lost, and Adam would move nothing.
+    Adam and the average then have one tensor to go through, not one for each weight and bias: 5%
+    more steps a second. Call it when the network is complete and on its device. The gradients are
+    views as well: set to None they would be lost, and Adam would move nothing.
     """
     weights = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
     weights.grad = torch.zeros_like(weights)
@@ -386,11 +387,11 @@ def learn(
         average.lerp_(weights.detach(), 1 - args.average_decay)
         updates += 1
 
-        # 5. log
+        # log
+        if not loss.isfinite():
+            raise UserError(f"update {updates}: the loss is not finite, lower --learning-rate")
         bar.update(timesteps - bar.n)
         if updates % LOG_EVERY == 0:
-            if not loss.isfinite():
-                raise UserError(f"update {updates}: the loss is not finite, lower --learning-rate")
             writer.add_scalar("charts/SPS", timesteps / (time.perf_counter() - started), timesteps)
             writer.add_scalar("losses/value_loss", value_loss.item(), timesteps)
             writer.add_scalar("losses/policy_loss", policy_loss.item(), timesteps)
@@ -422,7 +423,7 @@ def evaluate(network: ActorCritic, args: Args, device: torch.device) -> list[int
     """The steps (1 to 200) of each of args.eval_episodes greedy episodes in a fresh environment."""
     env = make_env()
     seeds = range(args.seed + 1, args.seed + 1 + args.eval_episodes)
-    return [max(greedy_episode(network, env, seed, device)) for seed in seeds]
+    return [max(greedy_episode(network, env, seed, device)) for seed in seeds]  # the last number
 
 
 def film(network: ActorCritic, path: Path, args: Args, device: torch.device) -> None:
@@ -450,12 +451,15 @@ def choose_device(name: str) -> torch.device:
 
 def load_weights(network: ActorCritic, path: Path, device: torch.device) -> None:
     """Fills the network from a saved state dict; raises UserError for any other file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--weights: there is no file {path}")
     try:
         network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     except Exception:  # damaged files raise nearly anything
-        raise UserError(f"--weights: {path} does not hold the weights of this network") from None
+        raise UserError(
+            f"--weights: {path} does not hold the weights of this network "
+            f"(--hidden-size must be the one they were trained with)"
+        ) from None
 
 
 def make_run_dir(args: Args) -> Path:
@@ -505,6 +509,7 @@ def train(args: Args) -> Result:
         seconds = time.perf_counter() - started
         writer.close()
         torch.save(network.state_dict(), run_dir / "weight_end.pth")
+        tqdm.write(f"The weights are in {run_dir}")
 
     if solved_episode is not None:
         tqdm.write(f"Solved: {args.num_envs} successes, episode {solved_episode} of environment 0.")
@@ -538,5 +543,5 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nInterrupted. The weights so far are in the run's folder.", file=sys.stderr)
+        print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)

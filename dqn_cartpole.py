@@ -30,11 +30,12 @@ algorithm 1. The target network of that paper comes with the next script, ddqn_c
     python dqn_cartpole.py --seed 7 --learning-rate 3e-4
     python dqn_cartpole.py --weights runs/.../weight_end.pth --eval-only
 
-The task is the book's: 200 steps an episode, solved after 10 episodes in a row of 196 steps or
-more, at most 500 episodes. The reward is the book's as well, not the environment's +1 a step: 0 on
-the way, and at the end +1 for 196 steps or more, -1 for fewer. Every end is terminal, the time
-limit too: nothing is bootstrapped from the state after step 200, though the pole still stands
-there. With other rewards that would be a mistake; here, reaching the limit is the goal itself.
+"The book" is the Japanese textbook series whose programs this collection rebuilds. The task is the
+book's: 200 steps an episode, solved after 10 episodes in a row of 196 steps or more, at most 500
+episodes. The reward is the book's as well, not the environment's +1 a step: 0 on the way, and at
+the end +1 for 196 steps or more, -1 for fewer. Every end is terminal, the time limit too: nothing
+is bootstrapped from the state after step 200, though the pole still stands there. With other
+rewards that would be a mistake; here, reaching the limit is the goal itself.
 
 Differs from the book:
 - The output layer starts at zero, so that all values do. With a random start (--no-zero-init) some
@@ -48,7 +49,7 @@ Differs from the book:
 - Gymnasium's API: step() says terminated or truncated, and the time limit is set by
   max_episode_steps=200 on CartPole-v1, which is the old CartPole-v0.
 - The memory is a set of arrays allocated once, not a list of named tuples, and a batch is drawn
-  with replacement; of 10,000 transitions hardly two are ever the same.
+  with replacement: from a full memory, one batch in 20 has some transition twice.
 - Training stops at the 10th success in a row, without the book's one more episode for the film.
   The film and the evaluation are greedy, in a fresh environment.
 """
@@ -89,7 +90,7 @@ class Args:
     """Train a Deep Q-Network on CartPole."""
 
     seed: int = 0
-    """seed of every random generator (NumPy, PyTorch, environment), 0 or more"""
+    """seed of every random generator (NumPy, PyTorch, environment), 0 to 2**32 - 1"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the network lives; auto takes CUDA when there is one"""
     runs_dir: Path = Path("runs")
@@ -98,16 +99,18 @@ class Args:
     """episodes of training at most, 1 or more"""
     learning_rate: float = 1e-4
     """step size of Adam, greater than 0"""
+    epsilon: float = 0.5
+    """chance of a random action in episode 0; in episode n it is this divided by n + 1, 0 to 1"""
     gamma: float = 0.99
     """discount of the reward one step later, 0 to 1"""
     batch_size: int = 32
-    """transitions in one update, 1 or more"""
+    """transitions in one update, 1 or more, at most the memory size"""
     hidden_size: int = 32
     """units in each of the two hidden layers, 1 to 4096"""
     zero_init: bool = True
     """all values start at 0; --no-zero-init is the book's way, PyTorch's own random start"""
     memory_size: int = 10_000
-    """transitions the replay memory holds, from the batch size to 10 million"""
+    """transitions the replay memory holds, 1 to 10 million"""
     average_decay: float = 0.998
     """decay, per update, of the average that becomes the saved weights; 0 (the book) to below 1"""
     weights: Path | None = None
@@ -143,14 +146,11 @@ def check(args: Args) -> None:
         ("--seed", 0 <= args.seed < 2**32, "from 0 to 2**32 - 1"),
         ("--num-episodes", args.num_episodes >= 1, "1 or more"),
         ("--learning-rate", 0 < args.learning_rate < math.inf, "greater than 0 and finite"),
+        ("--epsilon", 0 <= args.epsilon <= 1, "from 0 to 1"),
         ("--gamma", 0 <= args.gamma <= 1, "from 0 to 1"),
-        ("--batch-size", args.batch_size >= 1, "1 or more"),
+        ("--memory-size", 1 <= args.memory_size <= 10**7, "from 1 to 10**7"),
+        ("--batch-size", 1 <= args.batch_size <= args.memory_size, "from 1 to --memory-size"),
         ("--hidden-size", 1 <= args.hidden_size <= 4096, "from 1 to 4096"),
-        (
-            "--memory-size",
-            args.batch_size <= args.memory_size <= 10**7,
-            "from --batch-size to 10**7",
-        ),
         ("--average-decay", 0 <= args.average_decay < 1, "from 0 to below 1"),
         ("--eval-episodes", args.eval_episodes >= 1, "1 or more"),
     ]:
@@ -259,7 +259,29 @@ class ReplayMemory:
 # ---- learning -----------------------------------------------------------------
 
 
-def td_targets(next_values: Tensor, batch: Batch, gamma: float) -> Tensor:
+def join_weights(network: QNetwork) -> nn.Parameter:
+    """Moves all weights into one vector, (number of weights,); the layers keep views of it.
+
+    Adam and the average then have one tensor to go through, not one for each weight and bias: 12%
+    more steps a second. Call it when the network is complete and on its device. The gradients are
+    views as well: set to None they would be lost, and Adam would move nothing.
+    """
+    weights = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
+    weights.grad = torch.zeros_like(weights)
+    start = 0
+    for parameter in network.parameters():
+        end = start + parameter.numel()
+        parameter.data = weights.data[start:end].view_as(parameter)
+        parameter.grad = weights.grad[start:end].view_as(parameter)
+        start = end
+    return weights
+
+
+def td_targets(
+    next_values: Tensor,
+    batch: Batch,
+    gamma: float,
+) -> Tensor:
     """r + gamma * max_a' Q(s', a') for each transition, and r alone at an end: (batch,).
 
     next_values (batch, 2) are the network's values of both actions in the next states.
@@ -268,7 +290,10 @@ def td_targets(next_values: Tensor, batch: Batch, gamma: float) -> Tensor:
 
 
 def update(
-    network: QNetwork, optimizer: torch.optim.Optimizer, batch: Batch, gamma: float
+    network: QNetwork,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    gamma: float,
 ) -> tuple[Tensor, Tensor]:
     """One step of gradient descent; returns the loss () and the values Q(s, a) (batch,)."""
     # One pass through the network for both states: 5% more steps a second than two.
@@ -281,24 +306,6 @@ def update(
     loss.backward()
     optimizer.step()
     return loss, values
-
-
-def join_weights(network: QNetwork) -> nn.Parameter:
-    """Moves all weights into one vector, (number of weights,); the layers keep views of it.
-
-    Adam and the average then have one tensor to go through, not six: 12% more steps a second.
-    Call it when the network is complete and on its device. The gradients are views as well: set to
-    None they would be lost, and Adam would move nothing.
-    """
-    weights = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
-    weights.grad = torch.zeros_like(weights)
-    start = 0
-    for parameter in network.parameters():
-        end = start + parameter.numel()
-        parameter.data = weights.data[start:end].view_as(parameter)
-        parameter.grad = weights.grad[start:end].view_as(parameter)
-        start = end
-    return weights
 
 
 def learn(
@@ -321,7 +328,7 @@ def learn(
     started = time.perf_counter()
 
     for episode in tqdm(range(args.num_episodes), unit="episode"):
-        epsilon = 0.5 / (episode + 1)
+        epsilon = args.epsilon / (episode + 1)
         state, _ = env.reset()
         steps, done = 0, False
         while not done:
@@ -346,7 +353,7 @@ def learn(
                 loss, values = update(network, optimizer, batch, args.gamma)
                 average.lerp_(weights.detach(), 1 - args.average_decay)
 
-        # 5. log
+        # log
         last_steps.append(steps)
         total_steps += steps
         tqdm.write(f"episode {episode}: {steps} steps, mean of 10 {np.mean(last_steps):.1f}")
@@ -385,7 +392,7 @@ def evaluate(network: QNetwork, args: Args, device: torch.device) -> list[int]:
     """The steps (1 to 200) of each of args.eval_episodes greedy episodes in a fresh environment."""
     env = make_env()
     seeds = range(args.seed + 1, args.seed + 1 + args.eval_episodes)
-    return [max(greedy_episode(network, env, seed, device)) for seed in seeds]
+    return [max(greedy_episode(network, env, seed, device)) for seed in seeds]  # the last number
 
 
 def film(network: QNetwork, path: Path, args: Args, device: torch.device) -> None:
@@ -413,12 +420,15 @@ def choose_device(name: str) -> torch.device:
 
 def load_weights(network: QNetwork, path: Path, device: torch.device) -> None:
     """Fills the network from a saved state dict; raises UserError for any other file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--weights: there is no file {path}")
     try:
         network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     except Exception:  # damaged files raise nearly anything
-        raise UserError(f"--weights: {path} does not hold the weights of this network") from None
+        raise UserError(
+            f"--weights: {path} does not hold the weights of this network "
+            f"(--hidden-size must be the one they were trained with)"
+        ) from None
 
 
 def make_run_dir(args: Args) -> Path:
@@ -468,6 +478,7 @@ def train(args: Args) -> Result:
         seconds = time.perf_counter() - started
         writer.close()
         torch.save(network.state_dict(), run_dir / "weight_end.pth")
+        tqdm.write(f"The weights are in {run_dir}")
 
     if solved_episode is not None:
         tqdm.write(f"Solved: {SUCCESSES_TO_SOLVE} successes in a row by episode {solved_episode}.")
@@ -501,5 +512,5 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nInterrupted. The weights so far are in the run's folder.", file=sys.stderr)
+        print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)

@@ -397,6 +397,32 @@ def test_the_same_seed_gives_the_same_weights(tmp_path, finished):
     assert not same(weights, train(tmp_path, seed=2))
 
 
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e3])
+def test_the_gradient_is_that_of_the_whole_loss_clipped(tmp_path, monkeypatch, max_grad_norm):
+    """What reaches RMSprop, against the gradient of the three losses put together here."""
+    expected, steps, losses, rmsprops_step = [], [], a2c.compute_losses, torch.optim.RMSprop.step
+
+    def spied_losses(network, *batch):
+        value_loss, policy_loss, entropy = losses(network, *batch)
+        loss = 0.5 * value_loss + policy_loss - 0.01 * entropy
+        gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+        expected.append([gradient * min(1.0, max_grad_norm / norm) for gradient in gradients])
+        return value_loss, policy_loss, entropy
+
+    def spied_step(optimizer):
+        steps.append([parameter.grad.clone() for parameter in optimizer.param_groups[0]["params"]])
+        return rmsprops_step(optimizer)
+
+    monkeypatch.setattr(a2c, "compute_losses", spied_losses)
+    monkeypatch.setattr(torch.optim.RMSprop, "step", spied_step)
+    train(tmp_path, max_grad_norm=max_grad_norm)
+    assert steps
+    for ours, theirs in zip(steps, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one - other).norm() <= 1e-3 * other.norm()
+
+
 def test_annealing_lowers_the_learning_rate_to_its_last_share(tmp_path):
     train(tmp_path, anneal_lr=True, log_every=1)
     events = EventAccumulator(str(max(tmp_path.iterdir()))).Reload()

@@ -175,7 +175,7 @@ BAD = {
     "average_decay": [-0.1, 1.0, math.nan],
     "eval_episodes": [0],
 }
-BAD_Q = BAD | {"num_episodes": [0, -5], "batch_size": [0], "memory_size": [31, 10**12]}
+BAD_Q = BAD | {"num_episodes": [0, -5], "batch_size": [0, 10_001], "memory_size": [0, 10**12]}
 BAD_MORE = {
     "dqn_cartpole": BAD_Q,
     "ddqn_cartpole": BAD_Q | {"target_interval": [0]},
@@ -303,8 +303,9 @@ def test_ctrl_c_saves_the_weights_and_exits_with_130(name, tmp_path, monkeypatch
     (run_dir,) = tmp_path.iterdir()
     assert torch.load(run_dir / "weight_end.pth", weights_only=True)
     assert not (run_dir / "result.json").exists()
-    last_line = capsys.readouterr().err.splitlines()[-1]
-    assert last_line == "Interrupted. The weights so far are in the run's folder."
+    output = capsys.readouterr()
+    assert f"The weights are in {run_dir}" in output.out
+    assert output.err.splitlines()[-1] == "Interrupted."
 
 
 @each_script

@@ -29,13 +29,15 @@ Mnih et al. 2015, "Human-level control through deep reinforcement learning", Met
     python a2c_breakout.py --resume runs/long                # starts there, or goes on where it stopped, to the bit
     torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64
 
-A timestep is one decision in one environment, 4 frames of the emulator. To the learner a life is an episode; the
-returns in the curves are those of whole games, all five lives.
+"To the bit" holds on the CPU of one machine with the same number of threads. A timestep is one decision in one
+environment, 4 frames of the emulator. To the learner a life is an episode; the returns in the curves are those of whole
+games, all five lives. Rewards are not clipped to +-1 as in Mnih et al. 2015 (the book does not clip them either): in
+games that give hundreds of points at once, the losses are as large.
 
 Differs from the book:
 - Gymnasium in place of gym: a game ends `terminated` (lost) or `truncated` (108,000 frames); both cut the return.
 - The screen turns gray before the maximum of two frames is taken, not after it: faster, and a few gray levels apart.
-- Frames stay uint8 until they enter the network, a quarter of the memory, and lie channels-last: no copies.
+- Frames stay uint8 until they enter the network, a quarter of the memory, and lie channels-last, as convolutions want.
 - One process per core steps its share of the environments, in place of one process per environment.
 - Checkpoints, --resume and torchrun are new. (torchrun gives each rank one core; OMP_NUM_THREADS=4 gives it four.)
 """
@@ -79,7 +81,7 @@ from tqdm import tqdm
 # torchrun starts this file once per rank and says so here; started by hand, it is rank 0 of 1.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 PACKAGES = ("ale-py", "gymnasium", "numpy", "opencv-python", "torch")  # whose versions result.json names
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # of the workers: macOS and Windows cannot fork
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # macOS cannot fork safely, Windows not at all
 
 
 @dataclass
@@ -219,7 +221,7 @@ class MaxAndSkip(gym.Wrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The whole emulator, and the generator that draws the no-ops. The screens are filled anew by each step (or,
-        where the game ends before the third frame, by the reset that follows)."""
+        where the game ends within the step, by the reset that follows)."""
         return {
             "emulator": self.unwrapped.ale.cloneSystemState().serialize(),
             "noop_generator": self.unwrapped.np_random.bit_generator.state,
@@ -239,11 +241,11 @@ class EpisodicLife(gym.Wrapper):
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.progress = {"game_over": True, "lives": 0, "life_return": 0.0, "game_return": 0.0, "game_length": 0}
+        self.game = {"game_over": True, "lives": 0, "life_return": 0.0, "game_return": 0.0, "game_length": 0}
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        now, lives = self.progress, self.unwrapped.ale.lives()
+        now, lives = self.game, self.unwrapped.ale.lives()
         life_over = 0 < lives < now["lives"]  # Qbert shows 0 lives for some frames before the game is over
         now["lives"], now["game_over"] = lives, terminated or truncated
         now["life_return"] += reward
@@ -256,7 +258,7 @@ class EpisodicLife(gym.Wrapper):
         return observation, reward, terminated or life_over, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        info, now = {}, self.progress
+        info, now = {}, self.game
         if not now["game_over"] and seed is None:
             observation, _, _, _, info = self.step(0)  # the bricks stay, the game goes on
         if now["game_over"] or seed is not None:
@@ -267,10 +269,10 @@ class EpisodicLife(gym.Wrapper):
         return observation, info
 
     def state_dict(self) -> dict[str, Any]:
-        return {"game": dict(self.progress)} | self.env.get_wrapper_attr("state_dict")()
+        return {"game": dict(self.game)} | self.env.get_wrapper_attr("state_dict")()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.progress = dict(state["game"])
+        self.game = dict(state["game"])
         self.env.get_wrapper_attr("load_state_dict")(state)
 
 
@@ -324,7 +326,8 @@ def make_env(env_id: str) -> gym.Env:
         spec = gym.spec(env_id)
     except (gym.error.Error, ImportError, ValueError) as error:
         raise UserError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from None
-    if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs.get("frameskip") != 1:
+    wanted = {"frameskip": 1, "repeat_action_probability": 0.0}  # whatever skips or repeats is a wrapper's business
+    if spec.entry_point != "ale_py.env:AtariEnv" or not wanted.items() <= spec.kwargs.items():
         raise UserError(f"--env-id must be an Atari game without frame skip, <Game>NoFrameskip-v4, not {env_id}")
     # MaxAndSkip reads the screen itself, when it needs it; of all observations the RAM costs least.
     env = gym.make(env_id, obs_type="ram", disable_env_checker=True)
@@ -335,7 +338,7 @@ def make_env(env_id: str) -> gym.Env:
 
 
 class RolloutStorage:
-    """T steps of N environments, in memory that the workers write and the learner reads: nothing is sent or copied."""
+    """T steps of N environments, in memory that the workers write and the learner reads: no frame is sent."""
 
     def __init__(self, num_steps: int, num_envs: int):
         T, N = num_steps, num_envs
@@ -361,7 +364,9 @@ def work(connection, parents_end, storage: RolloutStorage, env_id: str, seed: in
         while True:
             command, argument = connection.recv()
             answer = []
-            if command == "step":
+            if command == "be ready":
+                pass  # it is
+            elif command == "step":
                 t = argument
                 for index, env in envs.items():
                     observation, rewards[t, index], terminated, truncated, info = env.step(actions[t, index])
@@ -380,8 +385,8 @@ def work(connection, parents_end, storage: RolloutStorage, env_id: str, seed: in
                     env.load_state_dict(argument[index])
                     observations[0, index] = env.frames
             connection.send(answer)
-    except (EOFError, ConnectionError):
-        pass  # the parent has closed the connection, or died
+    except (EOFError, OSError):
+        pass  # the parent has closed the connection, or died, perhaps in the middle of a message
 
 
 class ParallelEnvs:
@@ -394,7 +399,7 @@ class ParallelEnvs:
         context, num_envs = mp.get_context(START_METHOD), len(storage.life_returns)
         num_workers = min(num_workers, num_envs)
         self.workers = []
-        atexit.register(self.close)
+        atexit.register(self.close)  # should the start fail: at exit, multiprocessing waits for workers that are left
         ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit this from their first moment on
         for i in range(num_workers):
             indices = range(i * num_envs // num_workers, (i + 1) * num_envs // num_workers)
@@ -414,7 +419,7 @@ class ParallelEnvs:
                 connection.send((command, argument))
             for process, connection in self.workers:
                 answers += connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             self.close()
             raise UserError(f"worker process {process.pid} died (exit code {process.exitcode}); "
                             "--resume goes on from the last checkpoint") from None  # fmt: skip
@@ -482,7 +487,7 @@ def act(network: ActorCritic, observations: torch.Tensor, generator: torch.Gener
     """Draws an action from the policy for each observation: (N, 84, 84, 4) uint8 -> (N,) int64."""
     _, logits = network(observations)
     # The argmax of p / Exp(1) is distributed as p. It is what torch.multinomial does, but for its checks: those would
-    # stop the program at a NaN without telling the update, and wait for the GPU at every step.
+    # end the program at a NaN with a traceback; here the update tells of it in one line.
     return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
 
 
@@ -537,7 +542,7 @@ def average_gradients(parameters: list[nn.Parameter], stop: bool) -> bool:
 
 def write(path: Path, content: bytes) -> None:
     """Writes beside and renames: whatever happens in between, the previous file stays whole."""
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
             file.write(content)
@@ -556,8 +561,9 @@ def save(path: Path, content: Any) -> None:
 
 
 def settings(args: Args) -> dict[str, Any]:
-    """The arguments as args.json holds them."""
-    values = asdict(args) | {"runs_dir": str(args.runs_dir)}
+    """The arguments as args.json holds them: with the device that auto stands for on this machine."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    values = asdict(args) | {"runs_dir": str(args.runs_dir), "device": "cuda" if cuda else "cpu"}
     del values["resume"]
     return values
 
@@ -571,7 +577,6 @@ def refuse_changes(args: Args, saved: dict[str, Any], source: Path, updates_done
     changed = {name: value for name, value in settings(args).items() if value != saved[name]}
     schedule = ["total_timesteps", "anneal_lr", "anneal_timesteps"]
     free = {"runs_dir", "checkpoint_every", "save_every", "log_every", *schedule}
-    free |= set() if torch.cuda.is_available() else {"device"}  # without CUDA all of them are the CPU
     for name in changed:
         if name not in free:
             flag = f"--{name.replace('_', '-')} {changed[name]}"
@@ -607,6 +612,8 @@ def load_checkpoint(args: Args) -> dict[str, Any] | None:
         others = {file.name for file in args.resume.glob("*") if file.suffix != ".tmp"} if args.resume else set()
         if others and "args.json" not in others:
             raise UserError(f"cannot resume: {args.resume} is neither the folder of a run nor empty")
+        if any(name.startswith("weight_") for name in others - {"weight_0.pth"}):
+            raise UserError(f"cannot resume: {path} is missing, and a new start would overwrite the weights beside it")
         return None
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load itself does not look at the checksums
@@ -616,6 +623,8 @@ def load_checkpoint(args: Args) -> dict[str, Any] | None:
         refuse_changes(args, checkpoint["args"], path, update)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # a damaged file makes torch.load and zipfile raise nearly anything
         raise UserError(f"cannot resume: {path} is damaged, or not a checkpoint of this script") from None
     if ranks != WORLD_SIZE:
@@ -633,6 +642,8 @@ def make_run_dir(args: Args) -> Path:
         run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     except OSError as error:
         raise UserError(f"cannot make {run_dir}: {error.strerror}") from None
+    for left_over in run_dir.glob("*.tmp"):  # by a process that was killed while it wrote
+        left_over.unlink(missing_ok=True)
     write(run_dir / "args.json", json.dumps(settings(args), indent=2).encode())
     return run_dir
 
@@ -677,17 +688,18 @@ def log_games(writer: SummaryWriter, progress: dict[str, Any], games: list[tuple
 def train(args: Args) -> Result:
     """Trains, and leaves weights, checkpoint, curves and result.json in the run's folder. Raises UserError, OSError.
 
-    Ctrl-C and SIGTERM end it early with everything saved; after SIGTERM the exit code is 143.
+    Ctrl-C and SIGTERM end it early with everything saved; after SIGTERM it raises SystemExit with the code 143. To
+    receive these it must run in the main thread. The result is whole on rank 0 alone.
     """
     check(args)
     with make_env(args.env_id) as env:
         num_actions = int(env.action_space.n)
     checkpoint = load_checkpoint(args)
-    num_envs = args.num_envs // WORLD_SIZE  # of this rank; N below, and num_steps is T
+    envs_per_rank = args.num_envs // WORLD_SIZE
     try:
-        storage = RolloutStorage(args.num_steps, num_envs)
+        storage = RolloutStorage(args.num_steps, envs_per_rank)
     except RuntimeError as error:
-        raise UserError(f"no (shared) memory for {num_envs} environments of {args.num_steps} steps: "
+        raise UserError(f"no (shared) memory for {envs_per_rank} environments of {args.num_steps} steps: "
                         f"{str(error).splitlines()[0]}") from None  # fmt: skip
     run_dir = make_run_dir(args) if RANK == 0 else None
     progress = {"update": 0, "seconds": 0.0, "games": 0, "last_returns": []}
@@ -701,7 +713,7 @@ def train(args: Args) -> Result:
 
     with (
         stop_requests() as stop_signals,
-        ParallelEnvs(storage, args.env_id, args.seed + RANK * num_envs, torch.get_num_threads()) as envs,
+        ParallelEnvs(storage, args.env_id, args.seed + RANK * envs_per_rank, torch.get_num_threads()) as envs,
         # What an interrupted run logged after its last checkpoint is purged: it is about to be logged again.
         SummaryWriter(run_dir, purge_step=first_timestep + 1) if RANK == 0 else nullcontext() as writer,
         tqdm(total=num_updates * timesteps_per_update, initial=first_timestep, unit="step", mininterval=1,
@@ -754,7 +766,7 @@ def train(args: Args) -> Result:
             for t in range(args.num_steps):
                 storage.actions[t] = act(network, storage.observations[t].to(device), generator)
                 for index, game_return, length in envs.step(t):
-                    timestep = update * timesteps_per_update + t * args.num_envs + RANK * num_envs + index + 1
+                    timestep = update * timesteps_per_update + t * args.num_envs + RANK * envs_per_rank + index + 1
                     games.append((timestep, game_return, length))
 
             # 2. Returns: (T, N)
@@ -792,7 +804,7 @@ def train(args: Args) -> Result:
             games = []
             losses = np.mean([rank["losses"] for rank in ranks], axis=0)
             if not np.isfinite(losses).all():
-                raise UserError(f"update {update}: the loss or its gradient is not finite; no file was overwritten")
+                raise UserError(f"update {update}: the loss or its gradient is not finite; the last checkpoint stands")
             progress["seconds"] = seconds_before + time.perf_counter() - start
             if RANK == 0:
                 log_games(writer, progress, [game for rank in ranks for game in rank["games"]])
@@ -848,4 +860,4 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if WORLD_SIZE == 1:
             raise
-        sys.exit(f"error: rank {RANK} stopped, another rank is gone ({str(error).splitlines()[0]})")
+        sys.exit(f"error: rank {RANK} stopped ({str(error).splitlines()[0]}); did another rank say why?")

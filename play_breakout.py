@@ -25,14 +25,16 @@ An attempt is one life. It starts with all bricks in place and without no-ops. A
 lives, as in training: it begins with 1 to 30 no-ops; when a life is lost the bricks stay, the stack
 of frames is zeroed and one no-op follows. Its score is the sum over all lives. Attempt or game
 number i (from 0) has a seed of its own, seed + i, for its no-ops and its actions: what is played
-before it or beside it changes nothing. A game that gets nowhere, because the policy never fires or
+before it or beside it changes nothing (but for the last bit of a rounded sum, which once in a long
+while may draw another action). A game that gets nowhere, because the policy never fires or
 the ball meets no brick any more, is ended by the emulator after 108,000 frames, 27,000 decisions.
 
 The film shows the screen after each decision, 15 a second, which is the speed of the game itself.
 The emulator is deterministic: the actions are kept, and those of the best attempt or game are
 played once more to film it.
 
-Each run leaves args.json, result.json and film.mp4 in runs/play_breakout__<seed>__<time>/.
+Each run leaves args.json, result.json and film.mp4 (with --gif also film.gif, with --random also
+first_screen.png) in runs/play_breakout__<seed>__<time>/.
 
 Differs from the book:
 - gymnasium instead of gym; a game is over when it is `terminated` (lost) or `truncated` (108,000
@@ -53,11 +55,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-# A thread of PyTorch that waits must not spin: with the other cores busy, one frame at a time took
-# 20 times as long.
+# A thread of PyTorch that waits must not spin (on Linux): with the other cores busy, one frame at a
+# time took 20 times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import ale_py
@@ -70,6 +73,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
+PACKAGES = ("ale-py", "gymnasium", "numpy", "opencv-python", "torch")  # for result.json
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "a2c_breakout.pth"
 
 
@@ -123,17 +127,18 @@ def check(args: Args) -> None:
     """Refuses values that make no sense (a NaN fails every comparison, so it is refused too)."""
     alone = args.weights is None and args.full_games is None and not args.greedy
     for flag, good, meaning in [
-        ("--seed", 0 <= args.seed < 2**31, "0 or more and below 2147483648"),
+        ("--seed", 0 <= args.seed < 2**31, "from 0 to below 2147483648"),
         ("--target-score", -math.inf < args.target_score < math.inf, "finite"),
         ("--max-attempts", args.max_attempts >= 1, "1 or more"),
         ("--full-games", args.full_games is None or args.full_games >= 1, "1 or more"),
-        ("--random", alone or not args.random, "without --weights, --full-games and --greedy"),
         ("--device", args.device != "cuda" or torch.cuda.is_available(),
-         "cpu or auto where there is no CUDA"),
+         "auto or cpu on a machine without CUDA"),
     ]:  # fmt: skip
         if not good:
             value = getattr(args, flag[2:].replace("-", "_"))
             raise UserError(f"{flag} must be {meaning}, not {value}")
+    if args.random and not alone:
+        raise UserError("--random goes without --weights, --full-games and --greedy")
 
 
 # ---- the game: four wrappers and a stack of frames ---------------------------------------------
@@ -189,11 +194,11 @@ class EpisodicLife(gym.Wrapper):
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.progress = {"game_over": True, "lives": 0, "life_return": 0.0, "game_return": 0.0, "game_length": 0}
+        self.game = {"game_over": True, "lives": 0, "life_return": 0.0, "game_return": 0.0, "game_length": 0}
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        now, lives = self.progress, self.unwrapped.ale.lives()
+        now, lives = self.game, self.unwrapped.ale.lives()
         life_over = 0 < lives < now["lives"]  # Qbert shows 0 lives for some frames before the game is over
         now["lives"], now["game_over"] = lives, terminated or truncated
         now["life_return"] += reward
@@ -206,7 +211,7 @@ class EpisodicLife(gym.Wrapper):
         return observation, reward, terminated or life_over, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        info, now = {}, self.progress
+        info, now = {}, self.game
         if not now["game_over"] and seed is None:
             observation, _, _, _, info = self.step(0)  # the bricks stay, the game goes on
         if now["game_over"] or seed is not None:
@@ -260,8 +265,9 @@ def make_game(env_id: str, obs_type: str) -> gym.Env:
     try:
         spec = gym.spec(env_id)
     except (gym.error.Error, ImportError, ValueError) as error:
-        raise UserError(f"--env-id {env_id}: {error}") from None
-    if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs.get("frameskip") != 1:
+        raise UserError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from None
+    wanted = {"frameskip": 1, "repeat_action_probability": 0.0}  # whatever skips or repeats is a wrapper's business
+    if spec.entry_point != "ale_py.env:AtariEnv" or not wanted.items() <= spec.kwargs.items():
         meaning = "an Atari game without frame skip, <Game>NoFrameskip-v4"
         raise UserError(f"--env-id must be {meaning}, not {env_id}")
     return gym.make(env_id, obs_type=obs_type, disable_env_checker=True)
@@ -293,7 +299,7 @@ class ActorCritic(nn.Module):
             nn.Flatten(),  # (B, 3136)
             nn.Linear(64 * 7 * 7, 512),
             nn.ReLU(inplace=True),
-        ).to(memory_format=torch.channels_last)  # convolutions run a third faster on it
+        ).to(memory_format=torch.channels_last)  # as the frames lie in memory
         self.critic = nn.Linear(512, 1)
         self.actor = nn.Linear(512, num_actions)
 
@@ -365,6 +371,8 @@ def act(network: ActorCritic, games: list[Game], greedy: bool, device: torch.dev
     """An action for each game, drawn from the policy or (greedy) its most likely one."""
     frames = torch.from_numpy(np.stack([game.frames for game in games]))  # (N, 84, 84, 4)
     _, logits = network(frames.to(device))
+    if not logits.isfinite().all():
+        raise UserError("this policy cannot play: its weights are so large that their sums overflow")
     if greedy:
         return logits.argmax(-1).tolist()
     probs = logits.softmax(-1).cpu()  # (N, num_actions)
@@ -465,18 +473,24 @@ def play_policy(
 
 
 def film(screens: Iterable[np.ndarray], run_dir: Path, gif: bool) -> None:
-    """Writes film.mp4, three times as large as the screen, and perhaps film.gif in its own size."""
+    """Writes film.mp4, three times as large as the screen, and perhaps film.gif in its own size.
+
+    They get these names when they are whole.
+    """
+    names = ["film.mp4", "film.gif"] if gif else ["film.mp4"]
     with ExitStack() as stack:
         # Without macro_block_size imageio stretches 480 x 630 to multiples of 16.
-        mp4 = imageio.get_writer(run_dir / "film.mp4", fps=15, macro_block_size=2)
+        mp4 = imageio.get_writer(run_dir / "part.film.mp4", fps=15, macro_block_size=2)
         writers = [(stack.enter_context(mp4), 3)]
         if gif:  # it counts time in 10 ms; subrectangles stores only what changes
-            path = run_dir / "film.gif"
+            path = run_dir / "part.film.gif"
             small = imageio.get_writer(path, duration=70, loop=0, subrectangles=True)
             writers.append((stack.enter_context(small), 1))
         for screen in screens:
             for writer, scale in writers:
                 writer.append_data(screen.repeat(scale, axis=0).repeat(scale, axis=1))
+    for name in names:
+        os.replace(run_dir / f"part.{name}", run_dir / name)
 
 
 def make_run_dir(args: Args) -> Path:
@@ -525,8 +539,7 @@ def play(args: Args) -> Result:
     result = Result(
         seed=args.seed,
         seconds=time.perf_counter() - start,
-        versions={"python": platform.python_version(), "ale-py": ale_py.__version__}
-        | {module.__name__: module.__version__ for module in (torch, gym, np, cv2)},
+        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         scores=scores,
         mean=float(np.mean(scores)),
         std=float(np.std(scores)),

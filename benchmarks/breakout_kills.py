@@ -10,8 +10,8 @@ up. The moments:
 
     start-up    anywhere between the start of Python and the first step
     training    up to 3 seconds after the first step
-    checkpoint  as soon as checkpoint.pth.tmp appears, and up to 30 ms later
-    end         as soon as weight_end.pth.tmp appears, and up to 300 ms later
+    checkpoint  as soon as its temporary file appears, and up to 30 ms later
+    end         as soon as weight_end.pth or its temporary file appears, and up to 300 ms later
 
 and what is sent: SIGKILL, SIGTERM or SIGINT to the program, or SIGKILL to one of its worker
 processes (to the program itself as long as it has none). After each kill, the program and all its
@@ -62,7 +62,7 @@ FLAGS = [
 MOMENTS = {  # name: (how often, the file that announces it, at most so long before the kill)
     "start-up": (20, None, None),  # as long as the reference took to its first step
     "training": (45, "events.*", 3.0),
-    "checkpoint": (25, "checkpoint.pth.tmp", 0.03),
+    "checkpoint": (25, "checkpoint.pth.*tmp", 0.03),
     "end": (10, "weight_end.pth*", 0.3),
 }
 SIGNALS = {"SIGKILL": 40, "SIGTERM": 20, "SIGINT": 20, "worker SIGKILL": 20}  # name: how often
@@ -288,14 +288,15 @@ def main() -> None:
         print(f"points of its curves: {lengths}", flush=True)
 
         while len(rows) < args.kills:
-            run_dir = Path(folder) / f"run{runs}"
+            run_dir, saved = Path(folder) / f"run{runs}", 0
             while len(rows) < args.kills and (row := kill_once(run_dir, startup, rng)):
                 rows.append({"kill": len(rows), "run": runs, **row})
                 writer.writerow(rows[-1])
                 file.flush()
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-                damaged = row["update_saved"] == "damaged"
-                if damaged or row["left_behind"] or row["traceback"] == "while running":
+                lost = row["update_saved"] == "damaged" or row["update_saved"] < saved
+                saved = saved if lost else row["update_saved"]
+                if lost or row["left_behind"] or row["traceback"] == "while running":
                     log = run_dir.with_suffix(".log").read_text()
                     failures.append(f"kill {len(rows) - 1}:\n{log[-2000:]}")
             if row:  # the kills are used up before this run is at its end

@@ -473,6 +473,7 @@ def test_whole_games_are_logged_once_each(tmp_path):
         ({"env_id": "CartPole-v1"}, "Atari game without frame skip"),
         ({"env_id": "ALE/Breakout-v5"}, "Atari game without frame skip"),
         ({"env_id": "Breakout-v4"}, "Atari game without frame skip"),
+        ({"env_id": "BreakoutNoFrameskip-v0"}, "Atari game without frame skip"),
         ({"env_id": ""}, "--env-id"),
     ],
 )  # fmt: skip

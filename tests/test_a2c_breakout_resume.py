@@ -95,11 +95,11 @@ os.{call} = fatal
 a2c.train(a2c.parse_args({[*FLAGS, "--resume", str(run_dir)]!r}))
 """
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=120).returncode == -9
-    assert (run_dir / "checkpoint.pth.tmp").exists()
+    [beside] = run_dir.glob("checkpoint.pth.*.tmp")
     assert torch.load(run_dir / "checkpoint.pth", weights_only=True)["progress"]["update"] == 14
     assert run(*FLAGS, "--resume", run_dir, timeout=300).returncode == 0
     assert digest(run_dir) == digest(whole)
-    assert not (run_dir / "checkpoint.pth.tmp").exists()
+    assert not beside.exists()
 
 
 def test_a_finished_run_can_be_made_longer(whole, tmp_path):
@@ -127,7 +127,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, tmp_path):
     run_dir = tmp_path / "early"
     run_dir.mkdir()
     shutil.copy(whole / "args.json", run_dir)
-    shutil.copy(whole / "args.json", run_dir / "weight_0.pth.tmp")
+    shutil.copy(whole / "args.json", run_dir / "weight_0.pth.123.tmp")
     args = a2c.parse_args(["--total-timesteps", "100", "--resume", str(run_dir)])
     assert args.num_envs == 4 and a2c.train(args).timesteps == 100
 
@@ -225,6 +225,20 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_kept(copy, kind):
 def test_a_refusal_is_one_line_on_the_command_line(copy):
     damage("noise", copy)
     assert "cannot resume" in one_line(run("--resume", copy))
+
+
+def test_a_run_that_has_lost_its_checkpoint_is_not_started_again_over_its_weights(copy):
+    (copy / "checkpoint.pth").unlink()
+    before = {file.name: file.read_bytes() for file in copy.iterdir()}
+    with pytest.raises(a2c.UserError, match="checkpoint.pth is missing"):
+        a2c.train(a2c.parse_args(["--resume", str(copy)]))
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there auto is CUDA")
+def test_a_run_keeps_the_device_it_was_started_on(whole):
+    assert json.loads((whole / "args.json").read_text())["device"] == "cpu"
+    assert a2c.parse_args(["--resume", str(whole)]).device == "cpu"
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -119,7 +119,7 @@ def test_an_attempt_is_one_life_with_fresh_bricks_and_no_noops():
         first.step(int(generator.integers(4)))
         lives.append(env.unwrapped.ale.lives())
     assert lives[-1] == 4 and set(lives[:-1]) == {5}
-    assert first.score == env.get_wrapper_attr("progress")["game_return"]
+    assert first.score == env.get_wrapper_attr("game")["game_return"]
     # The next attempt on the same emulator begins where every game begins, on the emulator's first frame.
     second = Game(env, seed=4, whole=False)
     assert np.array_equal(second.frames, start)
@@ -252,7 +252,7 @@ def test_when_the_target_is_missed_the_best_is_filmed_all_the_same(scripted, cap
     saved = read_result(run_dir)
     assert saved["scores"] == result.scores and saved["std"] == result.std
     assert saved.keys() == {"seed", "seconds", "versions", "scores", "mean", "std", "min", "max"}
-    assert saved["versions"].keys() == {"python", "ale-py", "torch", "gymnasium", "numpy", "cv2"}
+    assert saved["versions"].keys() == {"python", "ale-py", "torch", "gymnasium", "numpy", "opencv-python"}
     assert json.loads((run_dir / "args.json").read_text())["weights"].endswith("weight_end.pth")
 
 
@@ -450,6 +450,13 @@ def test_bad_weights_are_refused(kind, weights, tmp_path, recwarn):
     assert not runs_dir.exists() and not marker.exists() and not recwarn
 
 
+def test_weights_that_overflow_end_in_one_line(weights, tmp_path):
+    huge = {name: tensor * 1e20 for name, tensor in torch.load(weights, weights_only=True).items()}
+    torch.save(huge, tmp_path / "huge.pth")
+    with pytest.raises(UserError, match="overflow"):
+        play_breakout.play(Args(weights=tmp_path / "huge.pth", full_games=1, runs_dir=tmp_path / "runs"))
+
+
 def test_files_damaged_anywhere_are_refused_or_read(tmp_path):
     path, generator = tmp_path / "w.pth", np.random.default_rng(0)
     torch.save({"conv.0.weight": torch.zeros(2)}, path)
@@ -484,6 +491,7 @@ def test_files_damaged_anywhere_are_refused_or_read(tmp_path):
         {"env_id": ""},
         {"env_id": "CartPole-v1"},
         {"env_id": "ALE/Breakout-v5"},
+        {"env_id": "BreakoutNoFrameskip-v0"},  # repeats actions by chance
         pytest.param({"device": "cuda"}, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")),
     ],
     ids=str,

@@ -197,7 +197,7 @@ class QNetwork(nn.Module):
 @torch.no_grad()
 def greedy_action(network: QNetwork, state: np.ndarray, device: torch.device) -> int:
     """The action of higher value in one state (4,)."""
-    return int(network(torch.as_tensor(state, device=device)).argmax())
+    return network(torch.from_numpy(state).to(device)).argmax().item()
 
 
 # ---- replay memory ------------------------------------------------------------
@@ -208,9 +208,9 @@ class Batch(NamedTuple):
 
     states: Tensor  # (batch, 4) float32
     actions: Tensor  # (batch, 1) int64
-    rewards: Tensor  # (batch,) float32
+    rewards: Tensor  # (batch, 1) float32
     next_states: Tensor  # (batch, 4) float32
-    masks: Tensor  # (batch,) float32, 0 where the episode ended, else 1
+    masks: Tensor  # (batch, 1) float32, 0 where the episode ended, else 1
 
 
 class ReplayMemory:
@@ -222,9 +222,9 @@ class ReplayMemory:
     def __init__(self, capacity: int, rng: np.random.Generator):
         self.states = np.zeros((capacity, 4), np.float32)
         self.actions = np.zeros((capacity, 1), np.int64)
-        self.rewards = np.zeros(capacity, np.float32)
+        self.rewards = np.zeros((capacity, 1), np.float32)
         self.next_states = np.zeros((capacity, 4), np.float32)
-        self.masks = np.zeros(capacity, np.float32)
+        self.masks = np.zeros((capacity, 1), np.float32)
         self.capacity = capacity
         self.rng = rng
         self.index = 0  # where the next transition goes
@@ -250,7 +250,7 @@ class ReplayMemory:
     def take(self, rows: np.ndarray, device: torch.device) -> Batch:
         """The transitions in these rows, as tensors."""
         arrays = (self.states, self.actions, self.rewards, self.next_states, self.masks)
-        return Batch(*(torch.from_numpy(array[rows]).to(device) for array in arrays))
+        return Batch(*(torch.from_numpy(array.take(rows, axis=0)).to(device) for array in arrays))
 
 
 # ---- learning -----------------------------------------------------------------
@@ -274,37 +274,32 @@ def join_weights(network: QNetwork) -> nn.Parameter:
     return weights
 
 
+@torch.no_grad()
 def td_targets(
-    next_values: Tensor,
+    network: QNetwork,
     target_network: QNetwork,
     batch: Batch,
     gamma: float,
 ) -> Tensor:
-    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch,).
-
-    next_values (batch, 2) are the network's values of both actions in the next states. The
-    target network is frozen (see learn), so no gradient flows into it.
-    """
-    next_actions = next_values.argmax(dim=1, keepdim=True)  # (batch, 1)
-    next_values = target_network(batch.next_states).gather(1, next_actions).squeeze(1)  # (batch,)
+    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1)."""
+    next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
+    next_values = target_network(batch.next_states).gather(1, next_actions)  # (batch, 1)
     return batch.rewards + gamma * batch.masks * next_values
 
 
 def update(
     network: QNetwork,
     target_network: QNetwork,
+    weights: nn.Parameter,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    """One step of gradient descent; returns the loss () and the values Q(s, a) (batch,)."""
-    # One pass through the network for both states: 5% more steps a second than two.
-    both = network(torch.cat((batch.states, batch.next_states)))  # (2 * batch, 2)
-    values, next_values = both.chunk(2)  # (batch, 2) each
-    targets = td_targets(next_values.detach(), target_network, batch, gamma)  # (batch,)
-    values = values.gather(1, batch.actions).squeeze(1)  # (batch,)
+    """One step of gradient descent; returns the loss () and the values Q(s, a) (batch, 1)."""
+    targets = td_targets(network, target_network, batch, gamma)  # (batch, 1)
+    values = network(batch.states).gather(1, batch.actions)  # (batch, 1)
     loss = F.smooth_l1_loss(values, targets)  # Huber
-    optimizer.zero_grad(set_to_none=False)  # zeroed, not removed: see join_weights
+    weights.grad.zero_()  # and with it the layers' gradients: 9% faster than optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss, values
@@ -320,7 +315,6 @@ def learn(
     """
     rng = np.random.default_rng(args.seed)
     target_network = QNetwork(args.hidden_size, args.zero_init).to(device)
-    target_network.requires_grad_(False)  # it is copied, never trained
     if args.weights is not None:
         target_network.load_state_dict(network.state_dict())
     weights = join_weights(network)
@@ -356,7 +350,9 @@ def learn(
             # 4. update
             if memory.size >= args.batch_size:
                 batch = memory.sample(args.batch_size, device)
-                loss, values = update(network, target_network, optimizer, batch, args.gamma)
+                loss, values = update(
+                    network, target_network, weights, optimizer, batch, args.gamma
+                )
                 average.lerp_(weights.detach(), 1 - args.average_decay)
 
         # 5. copy the network to the target network

@@ -216,7 +216,7 @@ class QNetwork(nn.Module):
 @torch.no_grad()
 def greedy_action(network: QNetwork, state: np.ndarray, device: torch.device) -> int:
     """The action of higher value in one state (4,)."""
-    return int(network(torch.as_tensor(state, device=device)).argmax())
+    return network(torch.from_numpy(state).to(device)).argmax().item()
 
 
 # ---- replay memory ------------------------------------------------------------
@@ -227,10 +227,10 @@ class Batch(NamedTuple):
 
     states: Tensor  # (batch, 4) float32
     actions: Tensor  # (batch, 1) int64
-    rewards: Tensor  # (batch,) float32
+    rewards: Tensor  # (batch, 1) float32
     next_states: Tensor  # (batch, 4) float32
-    masks: Tensor  # (batch,) float32, 0 where the episode ended, else 1
-    weights: Tensor | float = 1.0  # (batch,) float32, factors of the loss, 1 at most
+    masks: Tensor  # (batch, 1) float32, 0 where the episode ended, else 1
+    weights: Tensor | float = 1.0  # (batch, 1) float32, factors of the loss, 1 at most
 
 
 class ReplayMemory:
@@ -242,9 +242,9 @@ class ReplayMemory:
     def __init__(self, capacity: int, rng: np.random.Generator, alpha: float, beta: float):
         self.states = np.zeros((capacity, 4), np.float32)
         self.actions = np.zeros((capacity, 1), np.int64)
-        self.rewards = np.zeros(capacity, np.float32)
+        self.rewards = np.zeros((capacity, 1), np.float32)
         self.next_states = np.zeros((capacity, 4), np.float32)
-        self.masks = np.zeros(capacity, np.float32)
+        self.masks = np.zeros((capacity, 1), np.float32)
         self.priorities = np.zeros(capacity, np.float64)
         self.alpha = alpha
         self.beta = beta
@@ -282,18 +282,18 @@ class ReplayMemory:
         rows = np.searchsorted(cumulative, points, side="right")
         rows = np.minimum(rows, self.size - 1)  # a point may be rounded up to the sum itself
         probabilities = self.priorities[rows] / cumulative[-1]
-        weights = (self.size * probabilities) ** -self.beta
-        weights = torch.from_numpy((weights / weights.max()).astype(np.float32)).to(device)
-        return self.take(rows, device)._replace(weights=weights)
+        weights = (self.size * probabilities) ** -self.beta  # (batch,)
+        weights = (weights / weights.max()).astype(np.float32)[:, None]  # (batch, 1)
+        return self.take(rows, device)._replace(weights=torch.from_numpy(weights).to(device))
 
     def set_priorities(self, td_errors: np.ndarray) -> None:
         """Gives every stored transition the priority (|TD error| + 0.0001) ** alpha."""
         self.priorities[: self.size] = (np.abs(td_errors) + PRIORITY_EPSILON) ** self.alpha
 
-    def take(self, rows: np.ndarray | slice, device: torch.device) -> Batch:
+    def take(self, rows: np.ndarray, device: torch.device) -> Batch:
         """The transitions in these rows, as tensors."""
         arrays = (self.states, self.actions, self.rewards, self.next_states, self.masks)
-        return Batch(*(torch.from_numpy(array[rows]).to(device) for array in arrays))
+        return Batch(*(torch.from_numpy(array.take(rows, axis=0)).to(device) for array in arrays))
 
 
 # ---- learning -----------------------------------------------------------------
@@ -317,19 +317,16 @@ def join_weights(network: QNetwork) -> nn.Parameter:
     return weights
 
 
+@torch.no_grad()
 def td_targets(
-    next_values: Tensor,
+    network: QNetwork,
     target_network: QNetwork,
     batch: Batch,
     gamma: float,
 ) -> Tensor:
-    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch,).
-
-    next_values (batch, 2) are the network's values of both actions in the next states. The
-    target network is frozen (see learn), so no gradient flows into it.
-    """
-    next_actions = next_values.argmax(dim=1, keepdim=True)  # (batch, 1)
-    next_values = target_network(batch.next_states).gather(1, next_actions).squeeze(1)  # (batch,)
+    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1)."""
+    next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
+    next_values = target_network(batch.next_states).gather(1, next_actions)  # (batch, 1)
     return batch.rewards + gamma * batch.masks * next_values
 
 
@@ -338,27 +335,25 @@ def td_errors(
     network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float
 ) -> np.ndarray:
     """Target minus Q(s, a) for each transition: (batch,)."""
-    targets = td_targets(network(batch.next_states), target_network, batch, gamma)  # (batch,)
-    values = network(batch.states).gather(1, batch.actions).squeeze(1)  # (batch,)
-    return (targets - values).cpu().numpy()
+    targets = td_targets(network, target_network, batch, gamma)  # (batch, 1)
+    values = network(batch.states).gather(1, batch.actions)  # (batch, 1)
+    return (targets - values).squeeze(1).cpu().numpy()
 
 
 def update(
     network: QNetwork,
     target_network: QNetwork,
+    weights: nn.Parameter,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    """One step of gradient descent; returns the loss () and the values Q(s, a) (batch,)."""
-    # One pass through the network for both states: 5% more steps a second than two.
-    both = network(torch.cat((batch.states, batch.next_states)))  # (2 * batch, 2)
-    values, next_values = both.chunk(2)  # (batch, 2) each
-    targets = td_targets(next_values.detach(), target_network, batch, gamma)  # (batch,)
-    values = values.gather(1, batch.actions).squeeze(1)  # (batch,)
-    losses = F.smooth_l1_loss(values, targets, reduction="none")  # Huber, (batch,)
+    """One step of gradient descent; returns the loss () and the values Q(s, a) (batch, 1)."""
+    targets = td_targets(network, target_network, batch, gamma)  # (batch, 1)
+    values = network(batch.states).gather(1, batch.actions)  # (batch, 1)
+    losses = F.smooth_l1_loss(values, targets, reduction="none")  # Huber, (batch, 1)
     loss = (batch.weights * losses).mean()
-    optimizer.zero_grad(set_to_none=False)  # zeroed, not removed: see join_weights
+    weights.grad.zero_()  # and with it the layers' gradients: 9% faster than optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss, values
@@ -374,7 +369,6 @@ def learn(
     """
     rng = np.random.default_rng(args.seed)
     target_network = QNetwork(args.hidden_size, args.zero_init).to(device)
-    target_network.requires_grad_(False)  # it is copied, never trained
     if args.weights is not None:
         target_network.load_state_dict(network.state_dict())
     weights = join_weights(network)
@@ -412,11 +406,13 @@ def learn(
                 prioritized = episode >= args.uniform_episodes
                 sample = memory.sample_by_priority if prioritized else memory.sample
                 batch = sample(args.batch_size, device)
-                loss, values = update(network, target_network, optimizer, batch, args.gamma)
+                loss, values = update(
+                    network, target_network, weights, optimizer, batch, args.gamma
+                )
                 average.lerp_(weights.detach(), 1 - args.average_decay)
 
         # 5. recompute all priorities, in one batch
-        everything = memory.take(slice(memory.size), device)
+        everything = memory.take(np.arange(memory.size), device)
         memory.set_priorities(td_errors(network, target_network, everything, args.gamma))
 
         # 6. copy the network to the target network

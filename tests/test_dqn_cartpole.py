@@ -30,6 +30,7 @@ class Table(nn.Module):
     def __init__(self, values: list[list[float]]):
         super().__init__()
         self.values = nn.Parameter(torch.tensor(values))
+        self.values.grad = torch.zeros_like(self.values)
 
     def forward(self, states):
         return self.values[states[..., 0].long()]
@@ -44,9 +45,9 @@ def three_transitions(rewards, masks) -> Batch:
     return Batch(
         states(0, 0, 1),
         torch.tensor([[0], [1], [1]]),
-        torch.tensor(rewards),
+        torch.tensor(rewards)[:, None],
         states(1, 2, 2),
-        torch.tensor(masks),
+        torch.tensor(masks)[:, None],
     )
 
 
@@ -87,17 +88,17 @@ def memory_of(count: int, capacity: int) -> ReplayMemory:
 def test_memory_overwrites_the_oldest():
     memory = memory_of(13, capacity=10)
     assert memory.size == 10
-    assert sorted(memory.rewards) == list(range(3, 13))
+    assert sorted(memory.rewards[:, 0]) == list(range(3, 13))
     memory.push(np.zeros(4), 0, 99.0, np.zeros(4), False)
-    assert sorted(memory.rewards) == [*range(4, 13), 99]
+    assert sorted(memory.rewards[:, 0]) == [*range(4, 13), 99]
 
 
 def test_memory_keeps_the_parts_of_a_transition_together():
     batch = memory_of(13, capacity=10).sample(64, CPU)
-    i = batch.rewards
-    assert torch.equal(batch.states, i[:, None].expand(-1, 4))
+    i = batch.rewards  # (64, 1)
+    assert torch.equal(batch.states, i.expand(-1, 4))
     assert torch.equal(batch.next_states, batch.states + 0.5)
-    assert torch.equal(batch.actions, (i % 2).long()[:, None])
+    assert torch.equal(batch.actions, (i % 2).long())
     assert torch.equal(batch.masks, (i % 3 != 0).float())
     assert batch.states.dtype == batch.next_states.dtype == torch.float32
 
@@ -105,7 +106,7 @@ def test_memory_keeps_the_parts_of_a_transition_together():
 @pytest.mark.parametrize(("count", "capacity"), [(25, 40), (47, 40)])  # partly filled; overwritten
 def test_memory_samples_uniformly(count, capacity):
     memory = memory_of(count, capacity)
-    draws = memory.sample(40_000, CPU).rewards.long().numpy()
+    draws = memory.sample(40_000, CPU).rewards[:, 0].long().numpy()
     counts = np.bincount(draws, minlength=count)[max(0, count - capacity) :]
     expected = 40_000 / len(counts)
     chi_square = ((counts - expected) ** 2 / expected).sum()
@@ -117,28 +118,26 @@ def test_memory_samples_uniformly(count, capacity):
 # ---- targets and update -------------------------------------------------------
 
 
-def targets_of(network: Table, batch: Batch) -> torch.Tensor:
-    return td_targets(network(batch.next_states), batch, 0.9).detach()
-
-
 def test_targets_by_hand():
     network = Table([[0.0, 0.0], [1.0, 3.0], [5.0, 2.0]])
-    targets = targets_of(network, three_transitions([0.5, 0.0, -1.0], [1.0, 1.0, 1.0]))
-    torch.testing.assert_close(targets, torch.tensor([0.5 + 0.9 * 3, 0.9 * 5, -1 + 0.9 * 5]))
+    targets = td_targets(network, three_transitions([0.5, 0.0, -1.0], [1.0, 1.0, 1.0]), 0.9)
+    expected = torch.tensor([[0.5 + 0.9 * 3], [0.9 * 5], [-1 + 0.9 * 5]])
+    torch.testing.assert_close(targets, expected)
+    assert not targets.requires_grad
 
 
 def test_an_end_bootstraps_nothing():
     network = Table([[0.0, 0.0], [1.0, 3.0], [5.0, 2.0]])
-    targets = targets_of(network, three_transitions([1.0, -1.0, 0.0], [0.0, 0.0, 0.0]))
-    assert targets.tolist() == [1.0, -1.0, 0.0]
+    targets = td_targets(network, three_transitions([1.0, -1.0, 0.0], [0.0, 0.0, 0.0]), 0.9)
+    assert targets.tolist() == [[1.0], [-1.0], [0.0]]
 
 
 def test_update_is_gradient_descent_on_the_huber_loss_of_the_taken_actions():
     network = Table([[0.0, 0.0], [1.0, 3.0], [5.0, 2.0]])
     batch = three_transitions([0.5, 0.0, -1.0], [1.0, 1.0, 0.0])
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    loss, values = update(network, optimizer, batch, 0.9)
-    assert values.tolist() == [0.0, 0.0, 3.0]
+    loss, values = update(network, network.values, optimizer, batch, 0.9)
+    assert values.tolist() == [[0.0], [0.0], [3.0]]
     # Errors: 0 - 3.2, 0 - 4.5, 3 - -1. Beyond 1 the Huber loss is linear: |error| - 0.5.
     assert loss.item() == pytest.approx((2.7 + 4.0 + 3.5) / 3)
     expected = [[1 / 3, 1 / 3], [1.0, 3.0 - 1 / 3], [5.0, 2.0]]
@@ -206,7 +205,7 @@ def test_not_solved_within_the_episodes(monkeypatch):
 def test_one_update_per_step_once_a_batch_is_stored(monkeypatch):
     calls = []
 
-    def counted(network, optimizer, batch, gamma):
+    def counted(network, weights, optimizer, batch, gamma):
         calls.append(len(batch.rewards))
         return F.mse_loss(torch.zeros(1), torch.zeros(1)), torch.zeros(1)
 
@@ -222,13 +221,17 @@ def test_joined_weights_learn_what_single_ones_learn():
     before = networks[1](torch.ones(3, 4))
     weights = join_weights(networks[1])
     torch.testing.assert_close(networks[1](torch.ones(3, 4)), before)
-    optimizers = [
-        torch.optim.Adam(networks[0].parameters(), lr=0.01),
-        torch.optim.Adam([weights], lr=0.01, fused=True),
-    ]
-    for network, optimizer in zip(networks, optimizers):
-        for step in range(5):
-            update(network, optimizer, three_transitions([step, -1.0, 0.5], [1.0, 0.0, 1.0]), 0.99)
+    single = torch.optim.Adam(networks[0].parameters(), lr=0.01)
+    joined = torch.optim.Adam([weights], lr=0.01, fused=True)
+    for step in range(5):
+        batch = three_transitions([step, -1.0, 0.5], [1.0, 0.0, 1.0])
+        update(networks[1], weights, joined, batch, 0.99)
+
+        values = networks[0](batch.states).gather(1, batch.actions)
+        loss = F.smooth_l1_loss(values, td_targets(networks[0], batch, 0.99))
+        single.zero_grad()
+        loss.backward()
+        single.step()
     for single, joined in zip(*(network.parameters() for network in networks)):
         torch.testing.assert_close(joined, single)
     assert not torch.equal(before, networks[1](torch.ones(3, 4)))

@@ -26,7 +26,7 @@ def memory_of(count: int, capacity: int, alpha: float = 1.0, beta: float = 0.0) 
 
 def assert_frequencies(memory: ReplayMemory, probabilities: np.ndarray) -> None:
     """Chi-square: 50,000 draws against the probabilities, up to mean and 4 standard deviations."""
-    draws = memory.sample_by_priority(50_000, CPU).rewards.long().numpy()
+    draws = memory.sample_by_priority(50_000, CPU).rewards[:, 0].long().numpy()
     counts = np.bincount(draws, minlength=len(probabilities))
     expected = 50_000 * probabilities
     assert expected.min() > 5
@@ -47,7 +47,7 @@ def test_each_end_of_the_memory_is_drawn():
     """The book's sampler never returns the first transition, and the last one too often."""
     memory = memory_of(4, capacity=4)
     memory.set_priorities(np.array([3.0, 0.0, 0.0, 1.0]))
-    draws = memory.sample_by_priority(4000, CPU).rewards.long().numpy()
+    draws = memory.sample_by_priority(4000, CPU).rewards[:, 0].long().numpy()
     assert np.bincount(draws, minlength=4) == pytest.approx([3000, 0, 0, 1000], abs=120)
 
 
@@ -59,7 +59,7 @@ def test_a_point_on_the_total_stays_inside_the_memory():
             return np.ones(size)
 
     memory.rng = AlwaysOne()
-    assert memory.sample_by_priority(2, CPU).rewards.tolist() == [2.0, 2.0]
+    assert memory.sample_by_priority(2, CPU).rewards[:, 0].tolist() == [2.0, 2.0]
 
 
 def test_a_new_transition_enters_with_td_error_0():
@@ -85,7 +85,7 @@ def test_priorities_of_a_full_memory_are_summed_in_float64():
             return (total - EPSILON * (np.arange(size) + 0.5)) / total
 
     memory.rng = Points()
-    assert memory.sample_by_priority(64, CPU).rewards.tolist() == list(range(9999, 9935, -1))
+    assert memory.sample_by_priority(64, CPU).rewards[:, 0].tolist() == list(range(9999, 9935, -1))
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.6, 0.4), (1.0, 1.0)])
@@ -95,10 +95,10 @@ def test_importance_sampling_weights(alpha, beta):
     memory.set_priorities(errors)
     batch = memory.sample_by_priority(64, CPU)
     priorities = (np.abs(errors) + EPSILON) ** alpha
-    drawn = (priorities / priorities.sum())[batch.rewards.long().numpy()]
+    drawn = (priorities / priorities.sum())[batch.rewards[:, 0].long().numpy()]
     weights = (30 * drawn) ** -beta
     expected = torch.tensor(weights / weights.max(), dtype=torch.float32)
-    torch.testing.assert_close(batch.weights, expected)
+    torch.testing.assert_close(batch.weights, expected[:, None])
     assert batch.weights.max() == 1
 
 
@@ -111,7 +111,7 @@ def test_recomputed_priorities_are_the_td_errors_of_a_float64_recomputation():
     memory = memory_of(500, capacity=600)
     main, target = QNetwork(32, False), QNetwork(32, False)
     memory.rewards /= 100
-    memory.set_priorities(td_errors(main, target, memory.take(slice(memory.size), CPU), 0.97))
+    memory.set_priorities(td_errors(main, target, memory.take(np.arange(memory.size), CPU), 0.97))
 
     main, target = main.double(), target.double()
     rows, expected = np.arange(500), np.zeros(500)
@@ -121,7 +121,7 @@ def test_recomputed_priorities_are_the_td_errors_of_a_float64_recomputation():
         next_target = target(torch.from_numpy(memory.next_states[:500]).double()).numpy()
     for row in rows:
         bootstrap = 0.0 if row % 5 == 0 else next_target[row, np.argmax(next_q[row])]
-        reward = memory.rewards[row].astype(np.float64)
+        reward = memory.rewards[row, 0].astype(np.float64)
         expected[row] = abs(reward + 0.97 * bootstrap - q[row, row % 2])
     np.testing.assert_allclose(memory.priorities[:500], expected + EPSILON, atol=2e-6)
     assert not memory.priorities[500:].any()
@@ -131,6 +131,7 @@ class Table(nn.Module):
     def __init__(self, values: list[list[float]]):
         super().__init__()
         self.values = nn.Parameter(torch.tensor(values))
+        self.values.grad = torch.zeros_like(self.values)
 
     def forward(self, states):
         return self.values[states[..., 0].long()]
@@ -138,12 +139,12 @@ class Table(nn.Module):
 
 def test_weights_scale_each_transition_in_the_loss():
     states = torch.tensor([[0.0, 0, 0, 0], [1.0, 0, 0, 0]])
-    actions, rewards = torch.tensor([[0], [1]]), torch.tensor([2.0, 3.0])
-    batch = Batch(states, actions, rewards, states, torch.zeros(2))
-    for weights, expected in [(1.0, (1.5 + 2.5) / 2), (torch.tensor([1.0, 0.2]), (1.5 + 0.5) / 2)]:
+    actions, rewards = torch.tensor([[0], [1]]), torch.tensor([[2.0], [3.0]])
+    batch = Batch(states, actions, rewards, states, torch.zeros(2, 1))
+    for weights, expected in [(1.0, (1.5 + 2.5) / 2), (torch.tensor([[1.0], [0.2]]), 1.0)]:
         main = Table([[0.0, 0.0], [0.0, 0.0]])
         optimizer = torch.optim.SGD(main.parameters(), lr=1.0)
-        loss, _ = update(main, main, optimizer, batch._replace(weights=weights), 0.9)
+        loss, _ = update(main, main, main.values, optimizer, batch._replace(weights=weights), 0.9)
         assert loss.item() == pytest.approx(expected)
 
 

@@ -30,8 +30,8 @@ SMALL = {  # flags that are set or replaced
 }
 SMALLER = {"--full-games": "1"}  # replaced where they stand
 SHIPPED = (ROOT / "pretrained" / "a2c_breakout.pth").exists()
-PARSED_ONLY = ("pip install", "python -m pytest", "python benchmarks/", "uv run", "pipx run", "torchrun", "tensorboard",
-               "apt-get")  # fmt: skip
+PARSED_ONLY = ("python3 -m venv", "source", "pip install", "python -m pytest", "python benchmarks/", "uv run",
+               "pipx run", "torchrun", "tensorboard", "apt-get")  # fmt: skip
 RUN = ("python", "diff", "cp", "until")
 
 

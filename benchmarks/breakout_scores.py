@@ -3,8 +3,8 @@
     python benchmarks/breakout_scores.py default_seed1 --weights runs/default_seed1/weight_end.pth
 
 That is `python play_breakout.py --full-games 100 --weights FILE`; the rows go to
-benchmarks/results/breakout_scores_<name>.csv. Policies are chosen with --seed 20000 (and --name tuning_...), and
-published with the default seeds, 10000 to 10099, which chose nothing.
+benchmarks/results/breakout_scores_<name>.csv. Policies are chosen with --seed 20000, and published with the default
+seeds, 10000 to 10099, which choose nothing.
 """
 
 import argparse

@@ -28,7 +28,7 @@ SMALL = {  # flags that are set or replaced
     "a2c_breakout.py": {"--total-timesteps": "160"},
     "play_breakout.py": {"--max-attempts": "1"},
 }
-SMALLER = {"--full-games": "1"}  # replaced where they stand
+SMALLER = {"--full-games": "1", "--anneal-timesteps": "80"}  # replaced where they stand
 SHIPPED = (ROOT / "pretrained" / "a2c_breakout.pth").exists()
 PARSED_ONLY = ("python3 -m venv", "source", "pip install", "python -m pytest", "python benchmarks/", "uv run",
                "pipx run", "torchrun", "tensorboard", "apt-get")  # fmt: skip

@@ -398,7 +398,8 @@ def evaluate(network: QNetwork, args: Args, device: torch.device) -> list[int]:
     """The steps (1 to 200) of each of args.eval_episodes greedy episodes in a fresh environment."""
     env = make_env()
     seeds = range(args.seed + 1, args.seed + 1 + args.eval_episodes)
-    return [max(greedy_episode(network, env, seed, device)) for seed in seeds]  # the last number
+    # The last number that an episode yields is the largest: its length.
+    return [max(greedy_episode(network, env, seed, device)) for seed in seeds]
 
 
 def film(network: QNetwork, path: Path, args: Args, device: torch.device) -> None:

@@ -566,6 +566,8 @@ def test_ctrl_c_saves_what_there_is(weights, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-u", SCRIPT, "--weights", weights, "--runs-dir", tmp_path],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Tests that were started in the background ignore SIGINT, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     lines = []
     for line in process.stdout:

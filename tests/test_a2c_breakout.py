@@ -524,7 +524,7 @@ def counted(*arguments):
     sizes.append(int(open("/proc/self/statm").read().split()[1]))
     return act(*arguments)
 a2c.act = counted
-a2c.train(a2c.Args(num_envs=8, total_timesteps=6400, log_every=10, runs_dir=a2c.Path({str(tmp_path)!r})))
+a2c.train(a2c.Args(num_envs=4, total_timesteps=3200, log_every=10, runs_dir=a2c.Path({str(tmp_path)!r})))
 print(max(sizes[200:400]), max(sizes[-200:]))
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200).stdout

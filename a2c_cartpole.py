@@ -224,8 +224,8 @@ class ActorCritic(nn.Module):
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """observations (batch, 4) -> values (batch,) and logits (batch, 2)."""
-        hidden = F.relu(self.fc1(observations))  # (batch, hidden_size)
-        hidden = F.relu(self.fc2(hidden))  # (batch, hidden_size)
+        hidden = torch.relu(self.fc1(observations))  # (batch, hidden_size)
+        hidden = torch.relu(self.fc2(hidden))  # (batch, hidden_size)
         return self.critic(hidden).squeeze(-1), self.actor(hidden)
 
 

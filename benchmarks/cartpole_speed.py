@@ -463,7 +463,7 @@ def profile(policy: nn.Module, transitions: list[tuple], size: float, path: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5, help="how often each comparison is made")
+    parser.add_argument("--pairs", type=int, default=9, help="how often each comparison is made")
     parser.add_argument("--size", type=float, default=1.0, help="scales the lengths of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()

@@ -71,6 +71,17 @@ def test_a_new_transition_enters_with_td_error_0():
         assert memory.priorities == pytest.approx([EPSILON**alpha, kept, kept, kept, kept])
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_running_sums_are_those_of_the_priorities(alpha):
+    """While the memory fills, where it wraps round, and after every recomputation."""
+    memory, rng = memory_of(0, capacity=50, alpha=alpha), np.random.default_rng(4)
+    for number in range(180):
+        memory.push(np.zeros(4), 0, float(number), np.zeros(4), False)
+        np.testing.assert_allclose(memory.cumulative, np.cumsum(memory.priorities), rtol=1e-9)
+        if number % 40 == 39:
+            memory.set_priorities(rng.normal(size=memory.size))
+
+
 def test_priorities_of_a_full_memory_are_summed_in_float64():
     """In float32 the last of many small priorities would be rounded away."""
     memory = memory_of(10_000, capacity=10_000)

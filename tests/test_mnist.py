@@ -30,6 +30,14 @@ CPU = torch.device("cpu")
 # ---- small data and a small mirror --------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """The script sets PyTorch's number of threads; the other tests shall not notice."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def draw_digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Digits of varied place and size: pictures (count, 28, 28) and labels (count,)."""
     rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
 """Cuts the README's moving picture out of a film that play_breakout.py made.
 
     python play_breakout.py --gif --runs-dir runs/film
-    python benchmarks/breakout_gif.py runs/film/play_breakout__.../film.gif --start 1060 --frames 282
+    python benchmarks/breakout_gif.py runs/film/play_breakout__.../film.gif --start 1360 --frames 300
 
 Writes benchmarks/results/breakout.gif: the frames from --start on (15 of them are a second of the film), enlarged twice.
 """

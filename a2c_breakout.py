@@ -43,6 +43,7 @@ Differs from the book:
 """
 
 import atexit
+import ctypes
 import io
 import json
 import math
@@ -62,6 +63,11 @@ from typing import Any, Literal
 # PyTorch's threads spin while they wait: some 0.1 ms, which bridges the gap to the next layer, and no longer, for the
 # emulators need the cores. On two of them 15% more steps/s than without spinning.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+# What an update frees stays with the process for the next one, and does not go back to Linux each time: 11% more
+# steps/s. The options are called M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
+if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    for option in (-1, -3):
+        ctypes.CDLL(None).mallopt(option, 2**30)  # bytes
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it trains, Ctrl-C just ends it: no traceback of an import
 
@@ -392,7 +398,7 @@ def work(connection, parents_end, storage: RolloutStorage, env_id: str, seed: in
 class ParallelEnvs:
     """The environments of a storage, spread over worker processes. Environment i is seeded with seed + i.
 
-    Their first observations are in slot 0 of the storage. Raises UserError when a worker dies.
+    After wait() their first observations are in slot 0 of the storage. Raises UserError when a worker dies.
     """
 
     def __init__(self, storage: RolloutStorage, env_id: str, seed: int, num_workers: int):
@@ -409,6 +415,9 @@ class ParallelEnvs:
             theirs.close()  # the worker holds the only other end: if it dies, we read an end of file
             self.workers.append((process, ours))
         signal.signal(signal.SIGINT, ctrl_c)
+
+    def wait(self) -> None:
+        """Returns when all environments are made and reset: a second or two, in which the network can be made."""
         self.ask("be ready")
 
     def ask(self, command: str, argument: Any = None) -> list[Any]:
@@ -726,6 +735,7 @@ def train(args: Args) -> Result:
         parameters = list(network.parameters())
         optimizer = torch.optim.RMSprop(parameters, args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
         generator = torch.Generator(device).manual_seed(args.seed + RANK)  # draws the actions
+        envs.wait()
         if checkpoint:
             try:
                 network.load_state_dict(checkpoint["network"])

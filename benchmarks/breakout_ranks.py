@@ -68,6 +68,7 @@ def time_pieces(updates: int) -> dict[str, list[float]]:
     storage = a2c_breakout.RolloutStorage(NUM_STEPS, NUM_ENVS)
     seconds = {"rollout": [], "update": []}
     with a2c_breakout.ParallelEnvs(storage, ENV_ID, 1, CORES) as envs:
+        envs.wait()
         network = a2c_breakout.ActorCritic(4)
         optimizer = torch.optim.RMSprop(network.parameters(), 7e-4, 0.99, 1e-5)
         for _ in range(updates + WARM_UP):

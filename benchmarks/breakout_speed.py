@@ -152,6 +152,7 @@ def time_bare_emulator(timesteps: int, bf16: bool) -> dict:
     generator = torch.Generator().manual_seed(1)
     rollouts = timesteps // (NUM_STEPS * NUM_ENVS)
     with a2c_breakout.ParallelEnvs(storage, ENV_ID, 1, CORES) as envs:
+        envs.wait()
         started = time.perf_counter()
         for _ in range(rollouts):
             storage.actions[:] = torch.randint(4, (NUM_STEPS, NUM_ENVS), generator=generator)

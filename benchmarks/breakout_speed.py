@@ -181,8 +181,9 @@ def time_bare_network(timesteps: int, bf16: bool) -> dict:
     for update in range(-2, updates):
         if update == 0:  # the first two only warm up
             started = time.perf_counter()
-        for t in range(NUM_STEPS + 1):
-            a2c_breakout.act(network, frames[t], generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            for t in range(NUM_STEPS + 1):
+                a2c_breakout.act(network, frames[t], generator)
         losses = a2c_breakout.compute_losses(network, frames[:-1].flatten(0, 1), actions, returns)
         optimizer.zero_grad()
         sum(losses).backward()

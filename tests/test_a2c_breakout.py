@@ -276,6 +276,9 @@ def test_bfloat16_keeps_heads_and_weights_in_float32():
     assert values16.dtype == logits16.dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in reduced.parameters())
     assert 0 < (values - values16).abs().max() < 0.05
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as around a rollout
+        for _ in range(2):
+            assert all(map(torch.equal, reduced(observations), (values16, logits16)))
 
 
 def test_initialisation_is_the_books():

@@ -229,7 +229,7 @@ def measure(program: str, timesteps: int, bf16: bool, python: Path | str = sys.e
         program,
         "--timesteps",
         str(timesteps),
-        *["--bf16"][:bf16],
+        "--bf16" if bf16 else "--no-bf16",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

@@ -25,9 +25,9 @@ averaged by a ring all-reduce. The time of one update is
 
 More ranks bring more timesteps a second, but less and less: the latency alone bounds them to 16 *
 5 timesteps in 2 latency. Adding ranks is taken to stop paying at the n from which twice the ranks
-bring less than 1.5 times the timesteps a second. That is speed alone: n ranks still make one
-gradient step of all their transitions, so what the agent learns per timestep begins to fall much
-earlier.
+bring less than 1.5 times the timesteps a second; n is at least 8, as the step from one rank to a
+few pays for the whole averaging. That is speed alone: n ranks still make one gradient step of all
+their transitions, so what the agent learns per timestep begins to fall much earlier.
 
 Raw measurements in benchmarks/results/breakout_ranks.csv: seconds of one update of a training
 run, or of one rollout, update, all-reduce or averaging (packing and all-reduce together).
@@ -262,7 +262,7 @@ def main() -> None:
             print(f"  {network:10}  n = {n:3}: {1000 * seconds:7.1f} ms an update, "
                   f"{speed:9,.0f} steps/s, {T[1] / seconds:4.0%} of n times one rank")  # fmt: skip
         # Twice the ranks do 2 T(n) / T(2n) times as many timesteps a second.
-        enough = next(n for n in itertools.count(1)
+        enough = next(n for n in itertools.count(8)
                       if 2 * update_seconds(n, bandwidth, args.latency, times)
                       < 1.5 * update_seconds(2 * n, bandwidth, args.latency, times))  # fmt: skip
         print(f"  {network:10}  from n = {enough} on, twice the ranks bring less than 1.5 times")

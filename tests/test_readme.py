@@ -91,7 +91,9 @@ def imported(script: str) -> set[str]:
 
 
 def flags(script: str) -> set[str]:
-    """The command-line flags that tyro makes of a script's Args."""
+    """The command-line flags that tyro makes of a script's Args, or argparse of a benchmark's."""
+    if script.startswith("benchmarks/"):
+        return set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', read(script)))
     body = ast.parse(read(script)).body
     [args] = [node for node in body if getattr(node, "name", None) == "Args"]
     found = {"--help"}
@@ -191,11 +193,13 @@ def test_every_command_names_a_file_and_flags_that_exist(name):
     for command in commands(text) + re.findall(r"`([^`\n]*)`", text):
         for script, rest in re.findall(r"\bpython (\S+\.py)([^;&]*)", command):
             assert (ROOT / script).exists(), f"{name}: {command}"
-            if script in SCRIPTS:  # the benchmarks' flags are their own
-                used = set(re.findall(r"--[a-z][\w-]*", rest))
-                assert used <= flags(script), f"{name}: {command}"
-    tools = {"--index-url", "--logdir", "--max-restarts", "--name", "--nproc-per-node", "--shm-size", "--tag"}
-    known = tools.union(*map(flags, SCRIPTS))
+            if script not in SCRIPTS:  # a program in benchmarks/, which may hand flags on to a script after --
+                rest = rest.split(" -- ")[0]
+            used = set(re.findall(r"--[a-z][\w-]*", rest))
+            assert used <= flags(script), f"{name}: {command}"
+    tools = {"--index-url", "--logdir", "--max-restarts", "--nproc-per-node", "--shm-size"}
+    programs = [path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.py")]
+    known = tools.union(*map(flags, SCRIPTS + programs))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
 
 

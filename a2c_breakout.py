@@ -101,7 +101,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the network lives; auto takes CUDA when there is one"""
     bf16: bool = False
-    """run the convolutional part in bfloat16: faster on processors that know it, far slower on others"""
+    """run the convolutional part in bfloat16: faster on processors that know it and do nothing else"""
     num_envs: int = 16
     """environments that are played side by side (on all ranks together), 1 or more"""
     num_steps: int = 5

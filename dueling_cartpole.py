@@ -19,39 +19,31 @@ action was taken:
 
     Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')
 
-Without the mean, a constant could move from V to A unseen. The target is that of Double DQN; the
-rest is ddqn_cartpole.py, and `diff ddqn_cartpole.py dueling_cartpole.py` shows what is new.
+Without the mean, a constant could move from V to A unseen. The target is that of Double DQN. The
+rest is ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py dueling_cartpole.py
 
 Wang et al., "Dueling Network Architectures for Deep Reinforcement Learning", ICML 2016, equation 9.
 
-    python dueling_cartpole.py
+    python dueling_cartpole.py                                      # train, evaluate, film
     python dueling_cartpole.py --seed 7 --hidden-size 64
-    python dueling_cartpole.py --weights runs/.../weight_end.pth --eval-only
+    python dueling_cartpole.py --weights runs/.../weight_end.pth    # evaluate and film only
 
-"The book" is the Japanese textbook series whose programs this collection rebuilds. The task is the
-book's: 200 steps an episode, solved after 10 episodes in a row of 196 steps or more, at most 500
-episodes. The reward is the book's as well, not the environment's +1 a step: 0 on the way, and at
-the end +1 for 196 steps or more, -1 for fewer. Every end is terminal, the time limit too: nothing
-is bootstrapped from the state after step 200, though the pole still stands there. With other
-rewards that would be a mistake; here, reaching the limit is the goal itself.
+The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode has 200 steps
+at most; the reward is 0 on the way, and at the end +1 for 196 steps or more (a success), -1 for
+fewer. Training ends after 10 successes in a row, or 500 episodes.
 
-Differs from the book, as does dqn_cartpole.py:
-- Both streams start at zero (--no-zero-init for the book's way), and the saved weights are a
-  moving average (--average-decay 0 for the book's way).
-- Gymnasium's API: terminated and truncated, and max_episode_steps=200 on CartPole-v1.
-- The memory is a set of arrays, and a batch is drawn with replacement.
-- Training stops at the 10th success in a row; film and evaluation are greedy, in a fresh
-  environment.
+Differs from the book (the flag brings its way back):
+- Both streams start at zero; from a random start some seeds never learn: --no-zero-init
+- An average of the weights is kept, as the last update can be a bad one: --average-decay 0
+- The memory is a set of arrays, not a list of named tuples; a batch is drawn with replacement.
 """
 
+import copy
 import json
-import math
 import os
-import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -67,114 +59,67 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-MAX_STEPS = 200  # steps an episode at most
-SUCCESS_STEPS = 196  # an episode of this many steps or more is a success
-SUCCESSES_TO_SOLVE = 10  # in a row
-
-
-# ---- arguments and result -----------------------------------------------------
-
 
 @dataclass
 class Args:
     """Train a Dueling Double Deep Q-Network on CartPole."""
 
-    seed: int = 0
-    """seed of every random generator (NumPy, PyTorch, environment), 0 to 2**32 - 1"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network lives; auto takes CUDA when there is one"""
-    runs_dir: Path = Path("runs")
-    """folder in which the run's own folder is made"""
-    num_episodes: int = 500
-    """episodes of training at most, 1 or more"""
-    learning_rate: float = 1e-4
-    """step size of Adam, greater than 0"""
-    epsilon: float = 0.5
-    """chance of a random action in episode 0; in episode n it is this divided by n + 1, 0 to 1"""
-    gamma: float = 0.99
-    """discount of the reward one step later, 0 to 1"""
-    batch_size: int = 32
-    """transitions in one update, 1 or more, at most the memory size"""
-    hidden_size: int = 32
-    """units in each of the two hidden layers, 1 to 4096"""
-    zero_init: bool = True
-    """all values start at 0; --no-zero-init is the book's way, PyTorch's own random start"""
-    memory_size: int = 10_000
-    """transitions the replay memory holds, 1 to 10 million"""
-    target_interval: int = 2
-    """episodes from one copy to the target network to the next, 1 or more"""
-    average_decay: float = 0.998
-    """decay, per update, of the average that becomes the saved weights; 0 (the book) to below 1"""
-    weights: Path | None = None
-    """weights of an earlier run (weight_end.pth) to start from"""
-    eval_only: bool = False
-    """no training: evaluate and film the weights given with --weights"""
-    eval_episodes: int = 100
-    """greedy episodes in the evaluation, 1 or more"""
+    seed: int = 0  # seed of every random generator, from 0 to 2**32 - 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
+    runs_dir: Path = Path("runs")  # folder in which the run makes its own folder
+    weights: Path | None = None  # file of an earlier run to evaluate and film, without training
+    num_episodes: int = 500  # episodes of training at most, 1 or more
+    eval_episodes: int = 100  # greedy episodes in the evaluation, 1 or more
+    memory_size: int = 10_000  # transitions in the replay memory, from 1 to 10 million
+    batch_size: int = 32  # transitions in an update, from 1 to the memory size
+    hidden_size: int = 32  # units in each of the two hidden layers, from 1 to 4096
+    target_interval: int = 2  # episodes between copies to the target network, 1 or more
+    learning_rate: float = 1e-4  # step size of Adam, above 0
+    gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
+    epsilon: float = 0.5  # chance of a random action, divided by n + 1 in episode n, from 0 to 1
+    zero_init: bool = True  # all values start at 0; --no-zero-init is the book's way
+    average_decay: float = 0.998  # of the kept weights, per update; from 0 (the book) to below 1
+
+    def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        for good, rule in [
+            (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
+            (self.num_episodes >= 1, "--num-episodes must be 1 or more"),
+            (self.eval_episodes >= 1, "--eval-episodes must be 1 or more"),
+            (1 <= self.memory_size <= 10**7, "--memory-size must be from 1 to 10 million"),
+            (1 <= self.batch_size <= self.memory_size, "--batch-size must be 1 to --memory-size"),
+            (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
+            (self.target_interval >= 1, "--target-interval must be 1 or more"),
+            (0 < self.learning_rate < np.inf, "--learning-rate must be above 0 and finite"),
+            (0 <= self.gamma <= 1, "--gamma must be from 0 to 1"),
+            (0 <= self.epsilon <= 1, "--epsilon must be from 0 to 1"),
+            (0 <= self.average_decay < 1, "--average-decay must be from 0 to below 1"),
+            (not self.weights or self.weights.is_file(), f"--weights: no file {self.weights}"),
+            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA here"),
+        ]:
+            if not good:
+                raise ValueError(rule)
 
 
-@dataclass
-class Result:
-    """What a run leaves in result.json."""
+# ---- environment -------------------------------------------------------------------------------
 
-    seed: int
-    seconds: float  # of training, without the evaluation and the film
-    versions: dict[str, str]
-    solved_episode: int | None  # index, from 0, of the 10th success in a row
-    episodes: int
-    steps: int
-    steps_per_second: float
-    eval_mean: float  # steps an episode, 200 at most
-    eval_std: float
-
-
-class UserError(Exception):
-    """Something the user can put right: shown as one line, without a traceback."""
-
-
-def check(args: Args) -> None:
-    """Refuses values that make no sense (a NaN fails every comparison, so it is refused too)."""
-    for flag, good, meaning in [
-        ("--seed", 0 <= args.seed < 2**32, "from 0 to 2**32 - 1"),
-        ("--num-episodes", args.num_episodes >= 1, "1 or more"),
-        ("--learning-rate", 0 < args.learning_rate < math.inf, "greater than 0 and finite"),
-        ("--epsilon", 0 <= args.epsilon <= 1, "from 0 to 1"),
-        ("--gamma", 0 <= args.gamma <= 1, "from 0 to 1"),
-        ("--memory-size", 1 <= args.memory_size <= 10**7, "from 1 to 10**7"),
-        ("--batch-size", 1 <= args.batch_size <= args.memory_size, "from 1 to --memory-size"),
-        ("--hidden-size", 1 <= args.hidden_size <= 4096, "from 1 to 4096"),
-        ("--target-interval", args.target_interval >= 1, "1 or more"),
-        ("--average-decay", 0 <= args.average_decay < 1, "from 0 to below 1"),
-        ("--eval-episodes", args.eval_episodes >= 1, "1 or more"),
-    ]:
-        if not good:
-            value = getattr(args, flag[2:].replace("-", "_"))
-            raise UserError(f"{flag} must be {meaning}, not {value}")
-    if args.eval_only and args.weights is None:
-        raise UserError("--eval-only needs --weights")
-
-
-# ---- environment --------------------------------------------------------------
+MAX_STEPS = 200  # an episode ends here at the latest
+SUCCESS_STEPS = 196  # an episode of this many steps or more is a success
+SUCCESSES_TO_SOLVE = 10  # in a row
 
 
 def make_env(render_mode: str | None = None) -> gym.Env:
-    """CartPole with the book's 200 steps an episode: states (4,) float32, actions 0 and 1."""
-    return gym.make(
-        "CartPole-v1",
-        max_episode_steps=MAX_STEPS,
-        render_mode=render_mode,
-        disable_env_checker=True,  # it looks for mistakes of new environments: 4 of 16 us a step
-    )
+    """CartPole-v1 with the 200 steps of v0, the book's: states (4,) float32, actions 0 and 1."""
+    return gym.make("CartPole-v1", max_episode_steps=MAX_STEPS, render_mode=render_mode)
 
 
 def book_reward(steps: int, done: bool) -> float:
-    """0 on the way; at the end +1 for an episode of 196 steps or more, -1 for a shorter one."""
+    """0 on the way; at the end +1 for a success, -1 for a shorter episode."""
     if not done:
         return 0.0
     return 1.0 if steps >= SUCCESS_STEPS else -1.0
 
 
-# ---- network ------------------------------------------------------------------
+# ---- network -----------------------------------------------------------------------------------
 
 
 class QNetwork(nn.Module):
@@ -186,7 +131,7 @@ class QNetwork(nn.Module):
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3_advantage = nn.Linear(hidden_size, 2)
         self.fc3_value = nn.Linear(hidden_size, 1)
-        if zero_init:  # optimistic: what has led to a fall looks worse than what is untried
+        if zero_init:  # after a fall, the action taken has a lower value than the untried one
             for layer in (self.fc3_advantage, self.fc3_value):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -198,14 +143,13 @@ class QNetwork(nn.Module):
         value = self.fc3_value(hidden)  # (batch, 1)
         return value + advantages - advantages.mean(dim=-1, keepdim=True)  # (batch, 2)
 
+    @torch.no_grad()
+    def greedy_action(self, state: np.ndarray) -> int:
+        """The action of higher value in one state (4,)."""
+        return self(torch.from_numpy(state).to(self.fc1.weight.device)).argmax().item()
 
-@torch.no_grad()
-def greedy_action(network: QNetwork, state: np.ndarray, device: torch.device) -> int:
-    """The action of higher value in one state (4,)."""
-    return network(torch.from_numpy(state).to(device)).argmax().item()
 
-
-# ---- replay memory ------------------------------------------------------------
+# ---- replay memory -----------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -215,122 +159,75 @@ class Batch(NamedTuple):
     actions: Tensor  # (batch, 1) int64
     rewards: Tensor  # (batch, 1) float32
     next_states: Tensor  # (batch, 4) float32
-    masks: Tensor  # (batch, 1) float32, 0 where the episode ended, else 1
+    not_done: Tensor  # (batch, 1) float32: 0 where the episode ended, else 1
 
 
 class ReplayMemory:
-    """The last `capacity` transitions, in NumPy arrays allocated once.
-
-    NumPy, because single rows go in at every step: 2 us for a push, 30 us into torch tensors.
-    """
+    """The last `capacity` transitions, one a row; NumPy stores single rows faster than torch."""
 
     def __init__(self, capacity: int, rng: np.random.Generator):
         self.states = np.zeros((capacity, 4), np.float32)
         self.actions = np.zeros((capacity, 1), np.int64)
         self.rewards = np.zeros((capacity, 1), np.float32)
         self.next_states = np.zeros((capacity, 4), np.float32)
-        self.masks = np.zeros((capacity, 1), np.float32)
-        self.capacity = capacity
-        self.rng = rng
-        self.index = 0  # where the next transition goes
-        self.size = 0  # how many there are
+        self.not_done = np.zeros((capacity, 1), np.float32)
+        self.capacity, self.pushes, self.rng = capacity, 0, rng
 
-    def push(
-        self, state: np.ndarray, action: int, reward: float, next_state: np.ndarray, done: bool
-    ) -> None:
-        """Stores one transition, in place of the oldest when the memory is full."""
-        self.states[self.index] = state
-        self.actions[self.index] = action
-        self.rewards[self.index] = reward
-        self.next_states[self.index] = next_state
-        self.masks[self.index] = not done
-        self.index = (self.index + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
+    def __len__(self) -> int:
+        return min(self.pushes, self.capacity)
+
+    def push(self, state, action: int, reward: float, next_state, done: bool) -> None:
+        """Stores one transition, with states (4,), in place of the oldest if the memory is full."""
+        row = self.pushes % self.capacity
+        self.states[row] = state
+        self.actions[row] = action
+        self.rewards[row] = reward
+        self.next_states[row] = next_state
+        self.not_done[row] = not done
+        self.pushes += 1
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:
         """Draws transitions uniformly, with replacement."""
-        rows = self.rng.integers(self.size, size=batch_size)
-        return self.take(rows, device)
-
-    def take(self, rows: np.ndarray, device: torch.device) -> Batch:
-        """The transitions in these rows, as tensors."""
-        arrays = (self.states, self.actions, self.rewards, self.next_states, self.masks)
+        rows = self.rng.integers(len(self), size=batch_size)
+        arrays = (self.states, self.actions, self.rewards, self.next_states, self.not_done)
         return Batch(*(torch.from_numpy(array.take(rows, axis=0)).to(device) for array in arrays))
 
 
-# ---- learning -----------------------------------------------------------------
-
-
-def join_weights(network: QNetwork) -> nn.Parameter:
-    """Moves all weights into one vector, (number of weights,); the layers keep views of it.
-
-    Adam and the average then have one tensor to go through, not one for each weight and bias: 12%
-    more steps a second. Call it when the network is complete and on its device. The gradients are
-    views as well: set to None they would be lost, and Adam would move nothing.
-    """
-    weights = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
-    weights.grad = torch.zeros_like(weights)
-    start = 0
-    for parameter in network.parameters():
-        end = start + parameter.numel()
-        parameter.data = weights.data[start:end].view_as(parameter)
-        parameter.grad = weights.grad[start:end].view_as(parameter)
-        start = end
-    return weights
+# ---- learning ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def td_targets(
-    network: QNetwork,
-    target_network: QNetwork,
-    batch: Batch,
-    gamma: float,
+    network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float
 ) -> Tensor:
     """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1)."""
     next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
     next_values = target_network(batch.next_states).gather(1, next_actions)  # (batch, 1)
-    return batch.rewards + gamma * batch.masks * next_values
+    return batch.rewards + gamma * batch.not_done * next_values
 
 
-def update(
-    network: QNetwork,
-    target_network: QNetwork,
-    weights: nn.Parameter,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    gamma: float,
-) -> tuple[Tensor, Tensor]:
-    """One step of gradient descent; returns the loss () and the values Q(s, a) (batch, 1)."""
-    targets = td_targets(network, target_network, batch, gamma)  # (batch, 1)
-    values = network(batch.states).gather(1, batch.actions)  # (batch, 1)
-    loss = F.smooth_l1_loss(values, targets)  # Huber
-    weights.grad.zero_()  # and with it the layers' gradients: 9% faster than optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss, values
+@torch.no_grad()
+def update_average(averaged: QNetwork, network: QNetwork, decay: float) -> None:
+    """Moves each averaged weight towards the network's: single updates can tip the policy."""
+    for average, parameter in zip(averaged.parameters(), network.parameters()):
+        average.lerp_(parameter, 1 - decay)
 
 
-def learn(
-    args: Args, network: QNetwork, device: torch.device, writer: SummaryWriter
-) -> tuple[int | None, int, int]:
-    """Trains the network in place, until it is solved or the episodes are used up.
+def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
+    """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
-    In the end (not after Ctrl-C) the network has the averaged weights. Returns the episode (from 0)
-    of the 10th success in a row or None, and the numbers of episodes and steps played.
+    Returns the episode of the last success needed, counted from 0, and how many episodes and steps
+    were played, for result.json. Raises ValueError if the loss is not finite.
     """
+    device = network.fc1.weight.device
+    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # random until copied to
     rng = np.random.default_rng(args.seed)
-    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)
-    if args.weights is not None:
-        target_network.load_state_dict(network.state_dict())
-    weights = join_weights(network)
-    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, fused=True)
     memory = ReplayMemory(args.memory_size, rng)
-    average = weights.detach().clone()
+    optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
     env = make_env()
     env.reset(seed=args.seed)  # seeds the environment's generator, once and for all
-    last_steps: deque[int] = deque(maxlen=SUCCESSES_TO_SOLVE)
-    solved_episode, total_steps = None, 0
-    started = time.perf_counter()
+    lengths: deque[int] = deque(maxlen=SUCCESSES_TO_SOLVE)  # of the last episodes, in steps
+    total_steps, start = 0, time.perf_counter()
 
     for episode in tqdm(range(args.num_episodes), unit="episode"):
         epsilon = args.epsilon / (episode + 1)
@@ -338,13 +235,13 @@ def learn(
         steps, done = 0, False
         while not done:
             # 1. act
-            if rng.random() < epsilon:
-                action = int(rng.integers(2))
-            else:
-                action = greedy_action(network, state, device)
+            explore = rng.random() < epsilon
+            action = int(rng.integers(2)) if explore else network.greedy_action(state)
 
             # 2. step
             next_state, _, terminated, truncated, _ = env.step(action)
+            # We treat the time limit as terminal and do not bootstrap from it, since reaching it is
+            # the goal here. In most other tasks only `terminated` may cut off the next value.
             done = terminated or truncated
             steps += 1
 
@@ -352,177 +249,108 @@ def learn(
             memory.push(state, action, book_reward(steps, done), next_state, done)
             state = next_state
 
-            # 4. update
-            if memory.size >= args.batch_size:
+            # 4. learn
+            if len(memory) >= args.batch_size:
                 batch = memory.sample(args.batch_size, device)
-                loss, values = update(
-                    network, target_network, weights, optimizer, batch, args.gamma
-                )
-                average.lerp_(weights.detach(), 1 - args.average_decay)
+                targets = td_targets(network, target_network, batch, args.gamma)  # (batch, 1)
+                values = network(batch.states).gather(1, batch.actions)  # (batch, 1): Q(s, a)
+                loss = F.smooth_l1_loss(values, targets)  # Huber
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                update_average(averaged, network, args.average_decay)
 
         # 5. copy the network to the target network
         if episode % args.target_interval == 0:
             target_network.load_state_dict(network.state_dict())
 
-        # log
-        last_steps.append(steps)
+        # 6. log
+        lengths.append(steps)
         total_steps += steps
-        tqdm.write(f"episode {episode}: {steps} steps, mean of 10 {np.mean(last_steps):.1f}")
+        tqdm.write(f"episode {episode}: {steps} steps, mean of 10 {np.mean(lengths):.1f}")
         writer.add_scalar("charts/episodic_length", steps, episode)
         writer.add_scalar("charts/epsilon", epsilon, episode)
-        writer.add_scalar("charts/SPS", total_steps / (time.perf_counter() - started), episode)
-        if memory.size >= args.batch_size:  # those of the episode's last update
+        writer.add_scalar("charts/SPS", total_steps / (time.perf_counter() - start), episode)
+        if len(memory) >= args.batch_size:  # those of the episode's last update
             if not loss.isfinite():
-                raise UserError(f"episode {episode}: the loss is not finite, lower --learning-rate")
+                raise ValueError(f"loss not finite in episode {episode}: lower --learning-rate")
             writer.add_scalar("losses/td_loss", loss.item(), episode)
             writer.add_scalar("losses/q_values", values.mean().item(), episode)
-        if len(last_steps) == SUCCESSES_TO_SOLVE and min(last_steps) >= SUCCESS_STEPS:
-            solved_episode = episode
+        solved = len(lengths) == SUCCESSES_TO_SOLVE and min(lengths) >= SUCCESS_STEPS
+        if solved:
             break
 
-    weights.data.copy_(average)
-    return solved_episode, episode + 1, total_steps
+    tqdm.write(f"Solved in episode {episode}." if solved else "Not solved.")
+    return dict(solved_episode=episode if solved else None, episodes=episode + 1, steps=total_steps)
 
 
-# ---- evaluation ---------------------------------------------------------------
+# ---- evaluation and the run --------------------------------------------------------------------
 
 
-def greedy_episode(
-    network: QNetwork, env: gym.Env, seed: int, device: torch.device
-) -> Iterator[int]:
-    """Plays one episode without exploration; yields the number of steps so far after each step."""
-    state, _ = env.reset(seed=seed)
-    for step in range(1, MAX_STEPS + 1):
-        state, _, terminated, truncated, _ = env.step(greedy_action(network, state, device))
-        yield step
-        if terminated or truncated:
-            return
-
-
-def evaluate(network: QNetwork, args: Args, device: torch.device) -> list[int]:
-    """The steps (1 to 200) of each of args.eval_episodes greedy episodes in a fresh environment."""
-    env = make_env()
-    seeds = range(args.seed + 1, args.seed + 1 + args.eval_episodes)
-    # The last number that an episode yields is the largest: its length.
-    return [max(greedy_episode(network, env, seed, device)) for seed in seeds]
-
-
-def film(network: QNetwork, path: Path, args: Args, device: torch.device) -> None:
-    """Films the first episode of the evaluation as an MP4, at the speed of the simulation."""
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # the frames need no display
+def evaluate(network: QNetwork, args: Args, film: Path) -> dict[str, float]:
+    """Mean and standard deviation of the steps of greedy episodes; the first one is filmed."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
     env = make_env(render_mode="rgb_array")
-    fps = env.metadata["render_fps"]  # 50
-    with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:  # keeps 600 x 400 as it is
-        for _ in greedy_episode(network, env, args.seed + 1, device):
-            video.append_data(env.render())
-    env.close()
+    env.reset(seed=2**32 + args.seed)  # one for each seed of training, and above them all
+    lengths = []
+    with imageio.get_writer(film, fps=env.metadata["render_fps"], macro_block_size=2) as video:
+        for episode in range(args.eval_episodes):
+            state, _ = env.reset()
+            steps, done = 0, False
+            while not done:
+                state, _, terminated, truncated, _ = env.step(network.greedy_action(state))
+                steps, done = steps + 1, terminated or truncated
+                if episode == 0:
+                    video.append_data(env.render())
+            lengths.append(steps)
+    return {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
 
 
-# ---- files --------------------------------------------------------------------
-
-
-def choose_device(name: str) -> torch.device:
-    """The device for auto, cpu or cuda; raises UserError for cuda where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def load_weights(network: QNetwork, path: Path, device: torch.device) -> None:
-    """Fills the network from a saved state dict; raises UserError for any other file."""
-    if not os.path.isfile(path):
-        raise UserError(f"--weights: there is no file {path}")
-    try:
-        network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    except Exception:  # damaged files raise nearly anything
-        raise UserError(
-            f"--weights: {path} does not hold the weights of this network "
-            f"(--hidden-size must be the one they were trained with)"
-        ) from None
-
-
-def make_run_dir(args: Args) -> Path:
-    """Makes runs/<script>__<seed>__<time>, writes args.json into it and returns its path."""
+def train(args: Args) -> dict:
+    """A run in its own folder: args.json, curves, weight_end.pth, film.mp4; returns result.json."""
+    torch.set_num_threads(1)  # this network is too small to share
+    torch.manual_seed(args.seed)
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    network = QNetwork(args.hidden_size, args.zero_init).to("cuda" if cuda else "cpu")
+    if args.weights:
+        try:
+            network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise ValueError(f"--weights: {args.weights} does not fit this network") from error
+    averaged = copy.deepcopy(network)
     name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = args.runs_dir / name
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+
+    outcome, start = {"solved_episode": None, "episodes": 0, "steps": 0}, time.perf_counter()
+    print(network)
     try:
-        run_dir.mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-    except OSError as error:
-        raise UserError(f"cannot write to {run_dir}: {error.strerror}") from None
-    return run_dir
-
-
-def versions() -> dict[str, str]:
-    """The versions a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "gymnasium": gym.__version__,
-    }
-
-
-# ---- training -----------------------------------------------------------------
-
-
-def train(args: Args) -> Result:
-    """Trains, saves the weights, evaluates and films them; the results go into the run's folder."""
-    check(args)
-    device = choose_device(args.device)
-    torch.set_num_threads(1)  # this network is too small to share: two threads are slower
-    torch.manual_seed(args.seed)
-    network = QNetwork(args.hidden_size, args.zero_init).to(device)
-    if args.weights is not None:
-        load_weights(network, args.weights, device)
-    run_dir = make_run_dir(args)
-    writer = SummaryWriter(run_dir)
-    tqdm.write(str(network))
-
-    solved_episode, episodes, steps = None, 0, 0
-    started = time.perf_counter()
-    try:
-        if not args.eval_only:
-            solved_episode, episodes, steps = learn(args, network, device, writer)
+        if not args.weights:
+            with SummaryWriter(run_dir) as writer:
+                outcome = learn(args, network, averaged, writer)
     finally:  # after Ctrl-C as well
-        seconds = time.perf_counter() - started
-        writer.close()
-        torch.save(network.state_dict(), run_dir / "weight_end.pth")
-        tqdm.write(f"The weights are in {run_dir}")
-
-    if solved_episode is not None:
-        tqdm.write(f"Solved: {SUCCESSES_TO_SOLVE} successes in a row by episode {solved_episode}.")
-    elif not args.eval_only:
-        tqdm.write(f"Not solved in {episodes} episodes.")
-    eval_steps = evaluate(network, args, device)
-    film(network, run_dir / "film.mp4", args, device)
-    result = Result(
-        seed=args.seed,
-        seconds=seconds,
-        versions=versions(),
-        solved_episode=solved_episode,
-        episodes=episodes,
-        steps=steps,
-        steps_per_second=steps / seconds,
-        eval_mean=float(np.mean(eval_steps)),
-        eval_std=float(np.std(eval_steps)),
-    )
-    (run_dir / "result.json").write_text(json.dumps(asdict(result), indent=2))
-    tqdm.write(
-        f"Greedy evaluation: {result.eval_mean:.1f} steps an episode "
-        f"(standard deviation {result.eval_std:.1f}, {args.eval_episodes} episodes)."
-    )
-    tqdm.write(f"Everything is in {run_dir}")
+        torch.save(averaged.state_dict(), run_dir / "weight_end.pth")
+        print(f"The weights are in {run_dir}")
+    seconds = time.perf_counter() - start
+    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
+    result = {
+        "seed": args.seed,
+        "seconds": seconds,
+        "versions": {"python": sys.version.split()[0], **versions},
+        **outcome,
+        "steps_per_second": outcome["steps"] / seconds,
+        **evaluate(averaged, args, run_dir / "film.mp4"),
+    }
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2))
+    print(f"Greedy: {result['eval_mean']:.1f} steps an episode. Everything is in {run_dir}")
     return result
 
 
 if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
-    except UserError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)

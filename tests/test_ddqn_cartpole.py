@@ -1,15 +1,16 @@
 """Tests of ddqn_cartpole.py: the double target and the copies to the target network."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import ddqn_cartpole
 import dqn_cartpole
-from ddqn_cartpole import Args, Batch, QNetwork, learn, td_targets, update
-
-CPU = torch.device("cpu")
+from ddqn_cartpole import Args, Batch, QNetwork, learn, td_targets
 
 
 class Table(nn.Module):
@@ -18,7 +19,6 @@ class Table(nn.Module):
     def __init__(self, values: list[list[float]]):
         super().__init__()
         self.values = nn.Parameter(torch.tensor(values))
-        self.values.grad = torch.zeros_like(self.values)
 
     def forward(self, states):
         return self.values[states[..., 0].long()]
@@ -45,29 +45,10 @@ def test_main_network_chooses_and_target_network_values():
     assert not targets.requires_grad
 
 
-def test_the_target_differs_from_that_of_dqn():
-    batch = dqn_cartpole.Batch(*BATCH)
-    plain = dqn_cartpole.td_targets(Table(MAIN), batch, 0.9)
-    torch.testing.assert_close(plain, torch.tensor([[0.5 + 0.9 * 3], [0.9 * 5], [-1.0]]))
-    same = td_targets(Table(MAIN), Table(MAIN), BATCH, 0.9)  # one network for both: plain DQN
+def test_one_network_for_both_is_plain_dqn():
+    plain = dqn_cartpole.td_targets(Table(MAIN), dqn_cartpole.Batch(*BATCH), 0.9)
+    same = td_targets(Table(MAIN), Table(MAIN), BATCH, 0.9)
     torch.testing.assert_close(same, plain)
-
-
-def test_an_end_bootstraps_nothing():
-    ended = BATCH._replace(masks=torch.zeros(3, 1))
-    assert torch.equal(td_targets(Table(MAIN), Table(TARGET), ended, 0.9), BATCH.rewards)
-
-
-def test_update_moves_the_main_network_only():
-    main, target = Table(MAIN), Table(TARGET)
-    optimizer = torch.optim.SGD(main.parameters(), lr=1.0)
-    loss, values = update(main, target, main.values, optimizer, BATCH, 0.9)
-    assert values.tolist() == [[0.0], [0.0], [3.0]]
-    # Errors: 0 - 6.8, 0 - 3.6, 3 - -1. Beyond 1 the Huber loss is linear: |error| - 0.5.
-    assert loss.item() == pytest.approx((6.3 + 3.1 + 3.5) / 3)
-    expected = [[1 / 3, 1 / 3], [1.0, 3.0 - 1 / 3], [5.0, 2.0]]
-    torch.testing.assert_close(main.values.data, torch.tensor(expected))
-    assert target.values.tolist() == TARGET and not target.values.grad.any()
 
 
 class NoWriter:
@@ -76,40 +57,55 @@ class NoWriter:
 
 
 class CountedEnv:
-    """Episodes of 20 steps; knows the episode's number."""
+    """Episodes of 20 steps with random states; knows the episode's number."""
 
     def __init__(self):
         self.episode = -2  # the reset with the seed makes it -1, the first episode 0
+        self.rng = np.random.default_rng(0)
+
+    def state(self):
+        return self.rng.normal(size=4).astype(np.float32)
 
     def reset(self, seed=None):
         self.episode, self.left = self.episode + 1, 20
-        return np.zeros(4, np.float32), {}
+        return self.state(), {}
 
     def step(self, action):
         self.left -= 1
-        return np.zeros(4, np.float32), 1.0, self.left == 0, False, {}
+        return self.state(), 1.0, self.left == 0, False, {}
 
 
 @pytest.mark.parametrize("interval", [2, 3])
 def test_the_target_is_copied_after_every_interval_and_unchanged_between(monkeypatch, interval):
-    env, main, seen = CountedEnv(), QNetwork(32, False), []
+    """Looks at both networks where they meet, in td_targets, and replays the updates."""
+    torch.manual_seed(0)
+    env, seen, batches = CountedEnv(), [], []
 
-    def spied_update(network, target_network, weights, optimizer, batch, gamma):
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.01)  # the main network moves at every step
-        weights = [nn.utils.parameters_to_vector(n.parameters()) for n in (network, target_network)]
-        seen.append((env.episode, *(w.detach().clone() for w in weights)))
-        return torch.zeros(()), torch.zeros(1)
+    def spied_targets(network, target_network, batch, gamma):
+        both = [nn.utils.parameters_to_vector(n.parameters()) for n in (network, target_network)]
+        seen.append((env.episode, *(weights.detach().clone() for weights in both)))
+        batches.append((batch, td_targets(network, target_network, batch, gamma)))
+        return batches[-1][1]
 
     monkeypatch.setattr(ddqn_cartpole, "make_env", lambda: env)
-    monkeypatch.setattr(ddqn_cartpole, "update", spied_update)
-    learn(Args(num_episodes=8, batch_size=1, target_interval=interval), main, CPU, NoWriter())
+    monkeypatch.setattr(ddqn_cartpole, "td_targets", spied_targets)
+    main, averaged = QNetwork(32, False), QNetwork(32, False)
+    expected = copy.deepcopy(main)
+    args = Args(num_episodes=8, batch_size=4, target_interval=interval, learning_rate=0.01)
+    learn(args, main, averaged, NoWriter())
 
+    assert not torch.equal(seen[0][1], seen[0][2])  # weights of its own at the start
     first_target = seen[0][2]
-    assert not torch.equal(first_target, seen[0][1] - 0.01)  # weights of its own at the start
-    end_of = {episode: main_weights for episode, main_weights, _ in seen}
+    start_of = {episode: weights for episode, weights, _ in reversed(seen)}
     for episode, _, target_weights in seen:
         copies = [e for e in range(episode) if e % interval == 0]  # ends of earlier episodes
-        expected = end_of[copies[-1]] if copies else first_target
-        assert torch.equal(target_weights, expected)
+        copied = start_of[copies[-1] + 1] if copies else first_target
+        assert torch.equal(target_weights, copied)
+
+    optimizer = torch.optim.Adam(expected.parameters(), 0.01, fused=True)
+    for batch, targets in batches:
+        optimizer.zero_grad()
+        F.huber_loss(expected(batch.states).gather(1, batch.actions), targets).backward()
+        optimizer.step()
+    for ours, theirs in zip(main.parameters(), expected.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """Tests of dqn_cartpole.py: memory, targets, exploration, and when the task counts as solved."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,17 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dqn_cartpole
-from dqn_cartpole import (
-    Args,
-    Batch,
-    QNetwork,
-    ReplayMemory,
-    book_reward,
-    join_weights,
-    learn,
-    td_targets,
-    update,
-)
+from dqn_cartpole import Args, Batch, QNetwork, ReplayMemory, book_reward, learn, td_targets
 
 CPU = torch.device("cpu")
 
@@ -30,25 +21,9 @@ class Table(nn.Module):
     def __init__(self, values: list[list[float]]):
         super().__init__()
         self.values = nn.Parameter(torch.tensor(values))
-        self.values.grad = torch.zeros_like(self.values)
 
     def forward(self, states):
         return self.values[states[..., 0].long()]
-
-
-def states(*rows: int) -> torch.Tensor:
-    return torch.tensor([[row, 0.0, 0.0, 0.0] for row in rows])
-
-
-def three_transitions(rewards, masks) -> Batch:
-    """From states 0, 0, 1 with actions 0, 1, 1 to states 1, 2, 2."""
-    return Batch(
-        states(0, 0, 1),
-        torch.tensor([[0], [1], [1]]),
-        torch.tensor(rewards)[:, None],
-        states(1, 2, 2),
-        torch.tensor(masks)[:, None],
-    )
 
 
 class NoWriter:
@@ -74,7 +49,13 @@ class ScriptedEnv:
         return np.zeros(4, np.float32), 1.0, self.left == 0, False, {}
 
 
-# ---- memory -------------------------------------------------------------------
+def learn_with_lengths(monkeypatch, lengths, network=None, **values) -> dict:
+    monkeypatch.setattr(dqn_cartpole, "make_env", lambda: ScriptedEnv(lengths))
+    network = network or QNetwork(32, True)
+    return learn(Args(**values), network, copy.deepcopy(network), NoWriter())
+
+
+# ---- memory ------------------------------------------------------------------------------------
 
 
 def memory_of(count: int, capacity: int) -> ReplayMemory:
@@ -87,7 +68,7 @@ def memory_of(count: int, capacity: int) -> ReplayMemory:
 
 def test_memory_overwrites_the_oldest():
     memory = memory_of(13, capacity=10)
-    assert memory.size == 10
+    assert len(memory) == 10
     assert sorted(memory.rewards[:, 0]) == list(range(3, 13))
     memory.push(np.zeros(4), 0, 99.0, np.zeros(4), False)
     assert sorted(memory.rewards[:, 0]) == [*range(4, 13), 99]
@@ -99,7 +80,7 @@ def test_memory_keeps_the_parts_of_a_transition_together():
     assert torch.equal(batch.states, i.expand(-1, 4))
     assert torch.equal(batch.next_states, batch.states + 0.5)
     assert torch.equal(batch.actions, (i % 2).long())
-    assert torch.equal(batch.masks, (i % 3 != 0).float())
+    assert torch.equal(batch.not_done, (i % 3 != 0).float())
     assert batch.states.dtype == batch.next_states.dtype == torch.float32
 
 
@@ -115,36 +96,76 @@ def test_memory_samples_uniformly(count, capacity):
     assert counts.sum() == 40_000
 
 
-# ---- targets and update -------------------------------------------------------
+# ---- targets and updates -----------------------------------------------------------------------
 
 
 def test_targets_by_hand():
+    """From states 0, 0, 1 with actions 0, 1, 1 to states 1, 2, 2; the last ended its episode."""
     network = Table([[0.0, 0.0], [1.0, 3.0], [5.0, 2.0]])
-    targets = td_targets(network, three_transitions([0.5, 0.0, -1.0], [1.0, 1.0, 1.0]), 0.9)
-    expected = torch.tensor([[0.5 + 0.9 * 3], [0.9 * 5], [-1 + 0.9 * 5]])
-    torch.testing.assert_close(targets, expected)
+    states, next_states = torch.zeros(3, 4), torch.zeros(3, 4)
+    states[:, 0], next_states[:, 0] = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
+    rewards, not_done = torch.tensor([[0.5], [0.0], [-1.0]]), torch.tensor([[1.0], [1.0], [0.0]])
+    batch = Batch(states, torch.tensor([[0], [1], [1]]), rewards, next_states, not_done)
+    targets = td_targets(network, batch, 0.9)
+    torch.testing.assert_close(targets, torch.tensor([[0.5 + 0.9 * 3], [0.9 * 5], [-1.0]]))
     assert not targets.requires_grad
 
 
-def test_an_end_bootstraps_nothing():
-    network = Table([[0.0, 0.0], [1.0, 3.0], [5.0, 2.0]])
-    targets = td_targets(network, three_transitions([1.0, -1.0, 0.0], [0.0, 0.0, 0.0]), 0.9)
-    assert targets.tolist() == [[1.0], [-1.0], [0.0]]
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_every_step_is_adam_on_the_huber_loss_and_the_average_follows(monkeypatch, decay):
+    """Replays each update with the same batch on a copy of the network."""
+    torch.manual_seed(0)
+    network, batches = QNetwork(32, zero_init=False), []
+    sample = ReplayMemory.sample
+
+    def spied(memory, batch_size, device):
+        batches.append(sample(memory, batch_size, device))
+        return batches[-1]
+
+    monkeypatch.setattr(ReplayMemory, "sample", spied)
+    args = Args(num_episodes=5, average_decay=decay, learning_rate=0.01, gamma=0.9)
+    expected, averaged = copy.deepcopy(network), copy.deepcopy(network)
+    average = nn.utils.parameters_to_vector(network.parameters()).detach()
+    learn(args, network, averaged, NoWriter())
+
+    optimizer = torch.optim.Adam(expected.parameters(), 0.01, fused=True)
+    for batch in batches:
+        with torch.no_grad():
+            best = expected(batch.next_states).max(dim=1).values
+        targets = batch.rewards[:, 0] + 0.9 * batch.not_done[:, 0] * best
+        values = expected(batch.states)[torch.arange(32), batch.actions[:, 0]]
+        optimizer.zero_grad()
+        F.huber_loss(values, targets).backward()
+        optimizer.step()
+        weights = nn.utils.parameters_to_vector(expected.parameters()).detach()
+        average = decay * average + (1 - decay) * weights
+    assert len(batches) > 10
+    for ours, theirs in [(network, weights), (averaged, average)]:
+        vector = nn.utils.parameters_to_vector(ours.parameters())
+        torch.testing.assert_close(vector, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_update_is_gradient_descent_on_the_huber_loss_of_the_taken_actions():
-    network = Table([[0.0, 0.0], [1.0, 3.0], [5.0, 2.0]])
-    batch = three_transitions([0.5, 0.0, -1.0], [1.0, 1.0, 0.0])
-    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    loss, values = update(network, network.values, optimizer, batch, 0.9)
-    assert values.tolist() == [[0.0], [0.0], [3.0]]
-    # Errors: 0 - 3.2, 0 - 4.5, 3 - -1. Beyond 1 the Huber loss is linear: |error| - 0.5.
-    assert loss.item() == pytest.approx((2.7 + 4.0 + 3.5) / 3)
-    expected = [[1 / 3, 1 / 3], [1.0, 3.0 - 1 / 3], [5.0, 2.0]]
-    torch.testing.assert_close(network.values.data, torch.tensor(expected))
+def test_one_update_per_step_once_a_batch_is_stored(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(dqn_cartpole, "update_average", lambda *args: sizes.append(1))
+    learn_with_lengths(monkeypatch, [20, 30], num_episodes=2, batch_size=32)
+    assert len(sizes) == 50 - 31
 
 
-# ---- rewards and exploration --------------------------------------------------
+def test_zero_init_starts_all_values_at_zero():
+    inputs = torch.randn(5, 4)
+    assert torch.equal(QNetwork(32, zero_init=True)(inputs), torch.zeros(5, 2))
+    assert QNetwork(32, zero_init=False)(inputs).abs().min() > 0
+
+
+def test_greedy_action_has_the_higher_value():
+    network = QNetwork(32, zero_init=False)
+    states = torch.randn(50, 4)
+    actions = [network.greedy_action(state.numpy()) for state in states]
+    assert actions == network(states).argmax(dim=1).tolist() and len(set(actions)) == 2
+
+
+# ---- environment and exploration ---------------------------------------------------------------
 
 
 def test_book_reward():
@@ -161,104 +182,43 @@ def test_the_environment_ends_an_episode_after_200_steps():
         assert not terminated and truncated == (step == 200)
 
 
-def test_zero_init_starts_all_values_at_zero():
-    inputs = torch.randn(5, 4)
-    assert torch.equal(QNetwork(32, zero_init=True)(inputs), torch.zeros(5, 2))
-    assert QNetwork(32, zero_init=False)(inputs).abs().min() > 0
-
-
 def test_epsilon_is_half_divided_by_the_episode(monkeypatch):
     """Counts the steps in which the network is asked; in the others the action was random."""
     env = ScriptedEnv([4000, 4000, 4000, 4000])
     asked = np.zeros(4)
 
-    def greedy_action(network, state, device):
-        asked[env.episode] += 1
-        return 0
+    class Asked(QNetwork):
+        def greedy_action(self, state):
+            asked[env.episode] += 1
+            return 0
 
-    monkeypatch.setattr(dqn_cartpole, "greedy_action", greedy_action)
     monkeypatch.setattr(dqn_cartpole, "make_env", lambda: env)
     args = Args(num_episodes=4, batch_size=20_000, memory_size=20_000)  # too large for any update
-    learn(args, QNetwork(32, True), CPU, NoWriter())
+    learn(args, Asked(32, True), Asked(32, True), NoWriter())
     assert 1 - asked / 4000 == pytest.approx([1 / 2, 1 / 4, 1 / 6, 1 / 8], abs=0.03)
 
 
-# ---- when it is solved --------------------------------------------------------
-
-
-def learn_with_lengths(monkeypatch, lengths, num_episodes=500):
-    monkeypatch.setattr(dqn_cartpole, "make_env", lambda: ScriptedEnv(lengths))
-    args = Args(num_episodes=num_episodes, batch_size=10_000)
-    return learn(args, QNetwork(32, True), CPU, NoWriter())
+# ---- when it is solved -------------------------------------------------------------------------
 
 
 def test_solved_at_the_tenth_success_in_a_row(monkeypatch):
     lengths = [200, 200, 195] + [196] * 9 + [10] + [196, 200] * 5
-    assert learn_with_lengths(monkeypatch, lengths) == (22, 23, sum(lengths))
+    result = learn_with_lengths(monkeypatch, lengths, batch_size=10_000)
+    assert result == {"solved_episode": 22, "episodes": 23, "steps": sum(lengths)}
 
 
 def test_not_solved_within_the_episodes(monkeypatch):
     lengths = [50] + [200] * 9
-    assert learn_with_lengths(monkeypatch, lengths, num_episodes=10) == (None, 10, sum(lengths))
+    result = learn_with_lengths(monkeypatch, lengths, num_episodes=10, batch_size=10_000)
+    assert result == {"solved_episode": None, "episodes": 10, "steps": sum(lengths)}
 
 
-def test_one_update_per_step_once_a_batch_is_stored(monkeypatch):
-    calls = []
-
-    def counted(network, weights, optimizer, batch, gamma):
-        calls.append(len(batch.rewards))
-        return F.mse_loss(torch.zeros(1), torch.zeros(1)), torch.zeros(1)
-
-    monkeypatch.setattr(dqn_cartpole, "update", counted)
-    monkeypatch.setattr(dqn_cartpole, "make_env", lambda: ScriptedEnv([20, 30]))
-    learn(Args(num_episodes=2), QNetwork(32, True), CPU, NoWriter())
-    assert calls == [32] * (50 - 31)
-
-
-def test_joined_weights_learn_what_single_ones_learn():
-    networks = [QNetwork(32, zero_init=False), QNetwork(32, zero_init=False)]
-    networks[1].load_state_dict(networks[0].state_dict())
-    before = networks[1](torch.ones(3, 4))
-    weights = join_weights(networks[1])
-    torch.testing.assert_close(networks[1](torch.ones(3, 4)), before)
-    single = torch.optim.Adam(networks[0].parameters(), lr=0.01)
-    joined = torch.optim.Adam([weights], lr=0.01, fused=True)
-    for step in range(5):
-        batch = three_transitions([step, -1.0, 0.5], [1.0, 0.0, 1.0])
-        update(networks[1], weights, joined, batch, 0.99)
-
-        values = networks[0](batch.states).gather(1, batch.actions)
-        loss = F.smooth_l1_loss(values, td_targets(networks[0], batch, 0.99))
-        single.zero_grad()
-        loss.backward()
-        single.step()
-    for single, joined in zip(*(network.parameters() for network in networks)):
-        torch.testing.assert_close(joined, single)
-    assert not torch.equal(before, networks[1](torch.ones(3, 4)))
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_the_network_ends_with_the_averaged_weights(monkeypatch, decay):
-    history = []
-
-    def joined(network):
-        weights = join_weights(network)
-        history.append(weights.detach().clone())
-        monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: stepped(optimizer, weights))
-        return weights
-
-    def stepped(optimizer, weights):
-        step(optimizer)
-        history.append(weights.detach().clone())
-
-    step = torch.optim.Adam.step
-    monkeypatch.setattr(dqn_cartpole, "join_weights", joined)
-    network = QNetwork(32, zero_init=False)
-    args = Args(num_episodes=5, average_decay=decay, learning_rate=0.01)
-    learn(args, network, CPU, NoWriter())
-    average = history[0]
-    for weights in history[1:]:
-        average = decay * average + (1 - decay) * weights
-    assert len(history) > 10
-    result = nn.utils.parameters_to_vector(network.parameters())
-    torch.testing.assert_close(result, average)
+def test_the_time_limit_is_an_end_like_any_other(monkeypatch):
+    """A truncated episode is stored with not_done 0, and counts as a success."""
+    pushed = []
+    monkeypatch.setattr(ReplayMemory, "push", lambda memory, *transition: pushed.append(transition))
+    monkeypatch.setattr(QNetwork, "greedy_action", lambda _, state: int(state[2] + state[3] > 0))
+    network = QNetwork(32, True)
+    learn(Args(num_episodes=1, epsilon=0), network, network, NoWriter())
+    assert len(pushed) == 200
+    assert [(reward, done) for _, _, reward, _, done in pushed[-2:]] == [(0.0, False), (1.0, True)]

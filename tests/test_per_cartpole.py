@@ -1,5 +1,6 @@
 """Tests of per_cartpole.py: how priorities are kept, drawn and corrected for."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import per_cartpole
-from per_cartpole import Args, Batch, QNetwork, ReplayMemory, learn, td_errors, update
+from per_cartpole import Args, QNetwork, ReplayMemory, learn, td_errors
 
 CPU = torch.device("cpu")
 EPSILON = 1e-4
@@ -79,7 +80,7 @@ def test_running_sums_are_those_of_the_priorities(alpha):
         memory.push(np.zeros(4), 0, float(number), np.zeros(4), False)
         np.testing.assert_allclose(memory.cumulative, np.cumsum(memory.priorities), rtol=1e-9)
         if number % 40 == 39:
-            memory.set_priorities(rng.normal(size=memory.size))
+            memory.set_priorities(rng.normal(size=len(memory)))
 
 
 def test_priorities_of_a_full_memory_are_summed_in_float64():
@@ -100,21 +101,26 @@ def test_priorities_of_a_full_memory_are_summed_in_float64():
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.6, 0.4), (1.0, 1.0)])
-def test_importance_sampling_weights(alpha, beta):
+def test_importance_factors(alpha, beta):
     memory = memory_of(30, capacity=40, alpha=alpha, beta=beta)
     errors = np.random.default_rng(2).normal(size=30)
     memory.set_priorities(errors)
     batch = memory.sample_by_priority(64, CPU)
     priorities = (np.abs(errors) + EPSILON) ** alpha
     drawn = (priorities / priorities.sum())[batch.rewards[:, 0].long().numpy()]
-    weights = (30 * drawn) ** -beta
-    expected = torch.tensor(weights / weights.max(), dtype=torch.float32)
-    torch.testing.assert_close(batch.weights, expected[:, None])
-    assert batch.weights.max() == 1
+    factors = (30 * drawn) ** -beta
+    expected = torch.tensor(factors / factors.max(), dtype=torch.float32)
+    torch.testing.assert_close(batch.importance, expected[:, None])
+    assert batch.importance.max() == 1
 
 
-def test_uniform_batches_have_weight_1():
-    assert memory_of(30, capacity=40).sample(8, CPU).weights == 1.0
+def test_uniform_batches_have_importance_1_and_are_uniform():
+    memory = memory_of(30, capacity=40)
+    memory.set_priorities(np.arange(30.0))
+    batch = memory.sample(50_000, CPU)
+    assert batch.importance == 1.0
+    counts = np.bincount(batch.rewards[:, 0].long().numpy(), minlength=30)
+    assert ((counts - 50_000 / 30) ** 2 / (50_000 / 30)).sum() < 29 + 4 * math.sqrt(2 * 29)
 
 
 def test_recomputed_priorities_are_the_td_errors_of_a_float64_recomputation():
@@ -122,7 +128,7 @@ def test_recomputed_priorities_are_the_td_errors_of_a_float64_recomputation():
     memory = memory_of(500, capacity=600)
     main, target = QNetwork(32, False), QNetwork(32, False)
     memory.rewards /= 100
-    memory.set_priorities(td_errors(main, target, memory.take(np.arange(memory.size), CPU), 0.97))
+    memory.set_priorities(td_errors(main, target, memory.take(np.arange(len(memory)), CPU), 0.97))
 
     main, target = main.double(), target.double()
     rows, expected = np.arange(500), np.zeros(500)
@@ -138,30 +144,36 @@ def test_recomputed_priorities_are_the_td_errors_of_a_float64_recomputation():
     assert not memory.priorities[500:].any()
 
 
-class Table(nn.Module):
-    def __init__(self, values: list[list[float]]):
-        super().__init__()
-        self.values = nn.Parameter(torch.tensor(values))
-        self.values.grad = torch.zeros_like(self.values)
-
-    def forward(self, states):
-        return self.values[states[..., 0].long()]
-
-
-def test_weights_scale_each_transition_in_the_loss():
-    states = torch.tensor([[0.0, 0, 0, 0], [1.0, 0, 0, 0]])
-    actions, rewards = torch.tensor([[0], [1]]), torch.tensor([[2.0], [3.0]])
-    batch = Batch(states, actions, rewards, states, torch.zeros(2, 1))
-    for weights, expected in [(1.0, (1.5 + 2.5) / 2), (torch.tensor([[1.0], [0.2]]), 1.0)]:
-        main = Table([[0.0, 0.0], [0.0, 0.0]])
-        optimizer = torch.optim.SGD(main.parameters(), lr=1.0)
-        loss, _ = update(main, main, main.values, optimizer, batch._replace(weights=weights), 0.9)
-        assert loss.item() == pytest.approx(expected)
-
-
 class NoWriter:
     def add_scalar(self, *args):
         pass
+
+
+def test_importance_scales_each_transition_in_the_loss(monkeypatch):
+    """Replays each update with the same batch on a copy of the network."""
+    torch.manual_seed(0)
+    batches, sample = [], ReplayMemory.sample_by_priority
+
+    def spied(*args):
+        batches.append(sample(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(ReplayMemory, "sample_by_priority", spied)
+    args = Args(num_episodes=4, uniform_episodes=0, batch_size=9, learning_rate=0.01, gamma=0)
+    network = QNetwork(32, False)
+    expected = copy.deepcopy(network)
+    learn(args, network, copy.deepcopy(network), NoWriter())
+
+    optimizer = torch.optim.Adam(expected.parameters(), 0.01, fused=True)
+    for batch in batches:
+        errors = expected(batch.states).gather(1, batch.actions) - batch.rewards  # gamma is 0
+        huber = torch.where(errors.abs() < 1, errors.square() / 2, errors.abs() - 0.5)
+        optimizer.zero_grad()
+        (batch.importance * huber).mean().backward()
+        optimizer.step()
+    assert any(batch.importance.min() < 0.9 for batch in batches)
+    for ours, theirs in zip(network.parameters(), expected.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_order_of_events(monkeypatch):
@@ -178,7 +190,7 @@ def test_order_of_events(monkeypatch):
             return super().sample_by_priority(*args)
 
         def set_priorities(self, errors):
-            assert len(errors) == self.size
+            assert len(errors) == len(self)
             events.append("recompute")
             super().set_priorities(errors)
 
@@ -190,7 +202,7 @@ def test_order_of_events(monkeypatch):
     monkeypatch.setattr(per_cartpole, "ReplayMemory", SpiedMemory)
     monkeypatch.setattr(per_cartpole, "QNetwork", SpiedNetwork)
     args = Args(num_episodes=4, uniform_episodes=2, batch_size=1)
-    learn(args, SpiedNetwork(32, True), CPU, NoWriter())
+    learn(args, SpiedNetwork(32, True), SpiedNetwork(32, True), NoWriter())
     summary = [e for i, e in enumerate(events) if i == 0 or e != events[i - 1]]
     assert summary == (
         ["uniform", "recompute", "copy", "uniform", "recompute"]

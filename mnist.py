@@ -221,19 +221,19 @@ def train(args: Args) -> dict:
     run_dir = args.runs_dir / f"mnist__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-    print(network)
-    try:
-        with SummaryWriter(run_dir) as writer:
+    print(f"{network}\nThe run's folder is {run_dir}")
+    with SummaryWriter(run_dir) as writer:
+        try:
             outcome = learn(args, network, train_set, test_set, writer)
-    finally:  # Ctrl-C keeps what was learnt
-        torch.save(network.state_dict(), run_dir / "weight_end.pth")
-        print(f"Everything is in {run_dir}")
+        finally:  # Ctrl-C keeps what was learnt
+            torch.save(network.state_dict(), run_dir / "weight_end.pth")
     save_pictures(network, train_set, test_set, args.image_index, run_dir)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"numpy": np.__version__, "opencv": cv2.__version__}
     seconds = time.perf_counter() - start
     result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
     (run_dir / "result.json").write_text(json.dumps(result, indent=2))
+    print(f"Everything is in {run_dir}")
     return result
 
 

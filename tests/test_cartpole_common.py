@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +135,7 @@ def test_ctrl_c_saves_what_was_learnt_and_exits_with_130(name, tmp_path, monkeyp
     def press_ctrl_c_in_episode_2(line):
         write(line)
         if line.startswith("episode 2:"):
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(tqdm.tqdm, "write", press_ctrl_c_in_episode_2)
     runs = [f"--runs-dir={tmp_path}", "--device=cpu"]
@@ -172,7 +171,7 @@ def test_given_weights_are_evaluated_and_filmed_and_not_trained(name, tmp_path):
 
 
 @each_script
-def test_evaluations_of_neighbouring_seeds_share_no_episode(name, tmp_path, monkeypatch):
+def test_evaluations_share_no_episode_with_other_seeds_or_training(name, tmp_path, monkeypatch):
     starts, reset = [], CartPoleEnv.reset
 
     def spied(self, *, seed=None, options=None):
@@ -181,15 +180,14 @@ def test_evaluations_of_neighbouring_seeds_share_no_episode(name, tmp_path, monk
         return state, info
 
     monkeypatch.setattr(CartPoleEnv, "reset", spied)
-    _, _, run_dir = run_once(name, tmp_path / "training")
+    _, _, run_dir = run_once(name, tmp_path / "training", seed=1)
+    seen = set() if name == A2C else set(starts[:6])  # of the training (A2C's come from elsewhere)
     given = {"weights": run_dir / "weight_end.pth", "eval_episodes": 30}
-    seen = []
     for seed in (0, 1, 2**32 - 1):
         starts.clear()
         run_once(name, tmp_path / str(seed), seed=seed, **given)
-        assert len(set(starts)) >= 30
-        seen.append(set(starts))
-    assert seen[0].isdisjoint(seen[1] | seen[2]) and seen[1].isdisjoint(seen[2])
+        assert len(set(starts)) >= 30 and seen.isdisjoint(starts)
+        seen |= set(starts)
 
 
 @pytest.mark.parametrize("name", Q_LEARNING)
@@ -200,7 +198,8 @@ def test_an_evaluation_episode_has_200_steps_at_most(name, tmp_path):
 
     script = importlib.import_module(name)
     expected = {"eval_mean": 200, "eval_std": 0}
-    assert script.evaluate(Balancing(), script.Args(eval_episodes=3), tmp_path / "f.mp4") == expected
+    args = script.Args(eval_episodes=3)
+    assert script.evaluate(Balancing(), args, tmp_path / "film.mp4") == expected
 
 
 # ---- refusals ----------------------------------------------------------------------------------

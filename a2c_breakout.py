@@ -75,11 +75,6 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 # torchrun starts this file once for each rank and says so here; started by hand, it is rank 0 of 1.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -140,34 +135,30 @@ class Args:
         return self.device != "cpu" and torch.cuda.is_available()
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
-        update = self.num_envs * self.num_steps
-        for good, rule in [
-            (0 <= self.seed < 2**31, "seed: from 0 to 2**31 - 1"),
-            (self.device != "cuda" or torch.cuda.is_available(), "device: there is no CUDA here"),
-            (self.num_envs >= 1 and self.num_steps >= 1, "num-envs, num-steps: 1 or more"),
-            (self.num_envs % WORLD_SIZE == 0, f"num-envs: a multiple of the {WORLD_SIZE} ranks"),
-            (self.total_timesteps >= update, f"total-timesteps: {update} (one update) or more"),
-            (0 < self.learning_rate < math.inf, "learning-rate: above 0, and finite"),
-            (0 <= self.rmsprop_alpha < 1, "rmsprop-alpha: from 0 to below 1"),
-            (0 < self.rmsprop_eps < math.inf, "rmsprop-eps: above 0, and finite"),
-            (0 <= self.gamma <= 1, "gamma: from 0 to 1"),
-            (self.max_idle_steps >= 0, "max-idle-steps: 0 or more"),
-            (0 <= self.value_loss_coef < math.inf, "value-loss-coef: 0 or more, and finite"),
-            (0 <= self.entropy_coef < math.inf, "entropy-coef: 0 or more, and finite"),
-            (0 < self.max_grad_norm < math.inf, "max-grad-norm: above 0, and finite"),
-            (0 <= self.average_decay < 1, "average-decay: from 0 to below 1"),
-            (self.checkpoint_every >= 1, "checkpoint-every: 1 or more"),
-            (self.save_every >= 1 and self.log_every >= 1, "save-every, log-every: 1 or more"),
+        for names, good, rule in [
+            ("num_envs num_steps", lambda x: x >= 1, "from 1"),
+            ("checkpoint_every save_every log_every", lambda x: x >= 1, "from 1"),
+            ("max_idle_steps", lambda x: x >= 0, "from 0"),
+            ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
+            ("learning_rate rmsprop_eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0"),
+            ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "from 0"),
+            ("rmsprop_alpha average_decay", lambda x: 0 <= x < 1, "from 0 to below 1"),
+            ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
+            ("num_envs", lambda x: x % WORLD_SIZE == 0, f"a multiple of {WORLD_SIZE}, the ranks"),
+            ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
+            ("device", lambda x: x != "cuda" or torch.cuda.is_available(), "cpu: there is no CUDA"),
         ]:
-            if not good:
-                raise ValueError(rule)
+            for name in names.split():
+                if not good(getattr(self, name)):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"{flag} must be {rule}, not {getattr(self, name)}")
 
 
 # ---- environment ---------------------------------------------------------------
 
 
 class NoopReset(gym.Wrapper):
-    """Begins each game with 1 to 30 no-ops, so that no two are alike (Mnih et al. 2015, Methods)."""
+    """Begins each game with 1 to 30 no-ops, so that no two are alike (Mnih et al. 2015)."""
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
@@ -287,11 +278,11 @@ def make_env(env_id: str, max_idle_steps: int = 0) -> gym.Env:
     try:
         spec = gym.spec(env_id)
     except (gym.error.Error, ImportError, ValueError) as error:
-        raise ValueError(f"env-id {env_id}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from None
     wanted = {"frameskip": 1, "repeat_action_probability": 0.0}  # skipping is done in a wrapper
     if spec.entry_point != "ale_py.env:AtariEnv" or not wanted.items() <= spec.kwargs.items():
-        raise ValueError(f"env-id {env_id}: not a game without frame skip, <Game>NoFrameskip-v4")
-    # From frame 65,536 on, Breakout's cartridge serves no ball any more. Others may last 30 minutes.
+        raise ValueError(f"--env-id {env_id}: not a game without frame skip, <Game>NoFrameskip-v4")
+    # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 30 minutes.
     max_frames = 65_536 if env_id.startswith("Breakout") else 108_000
     # MaxAndSkip reads the screen itself, when it needs it; of all observations RAM costs least.
     env = gym.make(
@@ -558,7 +549,8 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors
         # 4. update
         optimizer.zero_grad()
         loss.backward()
-        average_over_ranks([parameter.grad for parameter in parameters])
+        stop = torch.tensor(float(len(run.stop_signals)), device=device)  # all ranks stop together
+        average_over_ranks([stop, *(parameter.grad for parameter in parameters)])
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         if not grad_norm.isfinite():
             raise ValueError(f"update {update}: gradient not finite; the last checkpoint stands")
@@ -570,7 +562,6 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors
 
         # 5. log, and save now and then
         run.progress["update"] = update + 1
-        stop = run.asked_to_stop()
         if update % args.log_every == 0:
             losses = {"value_loss": value_loss, "policy_loss": policy_loss, "entropy": entropy}
             run.log(losses, optimizer.param_groups[0]["lr"])
@@ -585,14 +576,14 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors
 # ---- several ranks (torchrun) --------------------------------------------------
 
 
-def average_over_ranks(gradients: list[Tensor]) -> None:
-    """Replaces the gradients by their means over all ranks, in one message."""
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its mean over all ranks, in one message."""
     if WORLD_SIZE > 1:
-        joined = torch.cat([gradient.flatten() for gradient in gradients])
+        joined = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(joined)
-        means = (joined / WORLD_SIZE).split([gradient.numel() for gradient in gradients])
-        for gradient, mean in zip(gradients, means):
-            gradient.copy_(mean.view_as(gradient))
+        means = (joined / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
 
 
 def gather(value: Any) -> list[Any]:
@@ -618,11 +609,11 @@ class Run:
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
             self.lock = lock(self.folder)
-        self.checkpoint = load_checkpoint(self.folder)
+        self.checkpoint = load_checkpoint(self.folder, args)
         if self.checkpoint:
             self.progress = self.checkpoint["progress"]
         if self.timesteps > args.total_timesteps:
-            raise ValueError(f"total-timesteps: {self.folder} has done {self.timesteps} already")
+            raise ValueError(f"--total-timesteps: {self.folder} has done {self.timesteps} already")
         if RANK == 0:
             save(self.folder / "args.json", asdict(args))
 
@@ -652,17 +643,10 @@ class Run:
                 part.load_state_dict(checkpoint[name])
             first = RANK * self.args.num_envs // WORLD_SIZE
             tell_actors("load_state_dict", checkpoint["envs"][first:])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{folder / 'checkpoint.pth'} does not fit: {error}") from None
+        except (KeyError, TypeError, RuntimeError):
+            raise ValueError(f"{folder / 'checkpoint.pth'} is not of this version") from None
         if RANK == 0 and checkpoint["machine"] != self.machine:
             print(f"The run comes from {checkpoint['machine']}: it goes on, but not bit for bit.")
-
-    def asked_to_stop(self) -> bool:
-        """Whether any rank has received a signal: all of them stop together."""
-        signals = torch.tensor(len(self.stop_signals))
-        if WORLD_SIZE > 1:
-            dist.all_reduce(signals)
-        return signals.item() > 0
 
     def log_games(self) -> None:
         """Moves the games that have ended, on all ranks, to the curves and the progress."""
@@ -687,9 +671,12 @@ class Run:
             for name, value in curves.items():
                 self.writer.add_scalar(name, value, self.timesteps)
             hours = (self.args.total_timesteps - self.timesteps) / speed / 3600
-            print(f"finished timesteps {self.timesteps}, last 100 games: mean/median "
-                  f"{np.mean(scores):.1f}/{np.median(scores):.1f}, min/max {min(scores):.0f}/"
-                  f"{max(scores):.0f}, {speed:.0f} steps/s, {hours:.1f} h left", flush=True)  # fmt: skip
+            print(
+                f"finished timesteps {self.timesteps}, last 100 games: mean/median "
+                f"{np.mean(scores):.1f}/{np.median(scores):.1f}, min/max {min(scores):.0f}/"
+                f"{max(scores):.0f}, {speed:.0f} steps/s, {hours:.1f} h left",
+                flush=True,
+            )
 
     def save_weights(self, name: str) -> None:
         kept = self.parts["averaged" if self.args.average_decay else "network"]
@@ -703,23 +690,26 @@ class Run:
         if RANK == 0:
             self.writer.flush()
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            state |= {"envs": envs, "progress": self.progress, "machine": self.machine}
+            state |= {"envs": envs, "env_id": self.args.env_id, "machine": self.machine}
+            state["progress"] = self.progress
             save(self.folder / "checkpoint.pth", state)
 
 
 def lock(folder: Path):
     """Locks a run's folder until this process ends, and returns the open file."""
     file = open(folder / "lock", "w")
-    try:
-        if fcntl:
+    with suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited
-    except BlockingIOError:
-        raise ValueError(f"another process is training in {folder}") from None
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {folder}") from None
     return file
 
 
 def save(path: Path, content: Any) -> None:
-    """Writes beside and renames: after a kill or a power cut the old file or the new one is whole."""
+    """Writes beside and renames: after a kill or a power cut the old or the new file is whole."""
     buffer = io.BytesIO()  # torch.save itself does not end well on a full disk
     if path.suffix == ".json":
         buffer.write(json.dumps(content, indent=2, default=str).encode())
@@ -745,15 +735,15 @@ def read_args(folder: Path) -> dict[str, Any]:
     """The flags that the run in a folder began with; none where no run has begun."""
     path = folder / "args.json"
     if not path.exists():
-        if folder.exists() and set(os.listdir(folder)) - {"lock"}:
-            raise ValueError(f"resume: {folder} is neither the folder of a run nor empty")
+        if any(file.name != "lock" and file.suffix != ".tmp" for file in folder.glob("*")):
+            raise ValueError(f"--resume: {folder} is neither the folder of a run nor empty")
         return {}
     try:
         saved = json.loads(path.read_text())
         saved |= {"runs_dir": Path(saved["runs_dir"]), "resume": folder, "device": "auto"}
         Args(**saved)
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"resume: {path} is damaged, or of another version: {error}") from None
+        raise ValueError(f"--resume: {path} is damaged, or of another version: {error}") from None
     return saved
 
 
@@ -769,8 +759,8 @@ def refuse_changes(args: Args) -> None:
             raise ValueError(f"{flag}: {args.resume} began with {value}; that cannot change{why}")
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint in a folder, None where a run begins. ValueError if it is damaged."""
+def load_checkpoint(folder: Path, args: Args) -> dict[str, Any] | None:
+    """The checkpoint in a folder, None where a run begins. ValueError if it is not as it was."""
     path = folder / "checkpoint.pth"
     if not path.exists():
         if any(file.name != "weight_0.pth" for file in folder.glob("weight_*.pth")):
@@ -780,11 +770,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["progress"]["update"], checkpoint["machine"]
+        if (checkpoint["env_id"], len(checkpoint["envs"])) != (args.env_id, args.num_envs):
+            raise ValueError
     except OSError:
         raise
     except Exception:  # damage makes zipfile and torch.load raise nearly anything
-        raise ValueError(f"{path} is damaged, or not a checkpoint of this script") from None
+        raise ValueError(f"{path} is damaged, or not a checkpoint of this run") from None
     return checkpoint
 
 
@@ -810,13 +801,6 @@ def stop_requests(received: list[int]):
             signal.signal(signum, handler)
 
 
-def keep_freed_memory() -> None:
-    """Lets the process keep what an update frees for the next one: 13% more steps/s."""
-    if platform.libc_ver()[0] == "glibc":
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**30)  # bytes
-
-
 def train(args: Args) -> dict:
     """A run, from its start or its last checkpoint; returns what result.json says.
 
@@ -829,8 +813,10 @@ def train(args: Args) -> dict:
     try:
         storage = RolloutStorage(args.num_steps, args.num_envs // WORLD_SIZE)
     except RuntimeError:
-        raise ValueError("num-envs, num-steps: there is no memory for so many") from None
-    keep_freed_memory()
+        raise ValueError("--num-envs, --num-steps: there is no memory for so many") from None
+    if platform.libc_ver()[0] == "glibc":  # keep the memory that an update frees: 13% more steps/s
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**30)
     torch.manual_seed(args.seed)
     network = ActorCritic(num_actions, args.bf16).share_memory()  # the same on all ranks
     run = Run(args)

@@ -21,7 +21,6 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -41,12 +40,11 @@ COLUMNS = "seed solved_episode episodes steps seconds steps_per_second eval_mean
 def run_seed(script_name: str, seed: int, flags: list[str]) -> tuple[dict, list[int]]:
     """Trains with one seed; returns the result and the steps of each episode."""
     script = importlib.import_module(script_name)
-    script.film = lambda *args: None  # twenty films of the same are not needed
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
         seed_flags = ["--seed", str(seed), "--device", "cpu", "--runs-dir", folder]
         args = tyro.cli(script.Args, args=seed_flags + flags)
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            result = asdict(script.train(args))
+            result = script.train(args)
         (run_dir,) = Path(folder).iterdir()
         events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
         episodes = [int(event.value) for event in events.Scalars("charts/episodic_length")]

@@ -1,477 +1,130 @@
-"""Compares the CartPole scripts' speed with the same recipes written the book's way.
+"""Times dqn_cartpole.py and a2c_cartpole.py against DQN and A2C of Stable-Baselines3.
 
-    python benchmarks/cartpole_speed.py
+    python3 -m venv sb3 && sb3/bin/pip install torch==2.13.0 stable-baselines3==2.9.2
+    python benchmarks/cartpole_speed.py --sb3-python sb3/bin/python
+    python benchmarks/cartpole_speed.py --sb3-python sb3/bin/python --rounds 1 --results trial
 
-The book's way is written afresh below: a list of named tuples, torch.cat for each batch, an Adam
-without fused=True, a Python loop over the priorities, a Python loop over the 32 environments. Both
-sides run in one process on one thread, in turn; what counts is the median of the ratios of the
-pairs. Prioritized replay is measured with a full memory and a trained policy, since it is then that
-the loop over the priorities is long. Rows go to benchmarks/results/cartpole_speed.csv.
+Both sides have the same settings: CartPole with 200 steps an episode, one thread on the CPU, two
+hidden layers of 32 ReLU units and Adam; DQN with a batch of 32 from the last 10,000 transitions, an
+update at every step and no copy to a target network; A2C with 32 environments and 5 steps. What
+Stable-Baselines3 does otherwise, it keeps: its DQN asks a target network for y and clips the
+gradient, its A2C has one network for the policy and one for the value. The scripts run as a user
+runs them, curves and all, one seed after the other until the given number of steps is reached;
+start-up, evaluation and film are not timed.
 
-The script then times the parts of each loop (environment, acting, memory, update); shares of the
-whole go to benchmarks/results/cartpole_profile.csv.
+The programs take turns, each in a process of its own, so that a busy moment of the machine meets
+them all. What counts is the median over the rounds of the ratio within a round. The rows, one a
+script and round, go to benchmarks/results/cartpole_speed.csv.
 """
 
 import argparse
-import contextlib
 import csv
-import os
-import random
+import importlib
+import json
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections import namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-import gymnasium as gym
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn, optim
-from torch.utils.tensorboard import SummaryWriter
-
-import a2c_cartpole
-import ddqn_cartpole
-import dqn_cartpole
-import per_cartpole
-
-CPU = torch.device("cpu")
-Transition = namedtuple("Transition", ("state", "action", "next_state", "reward"))
+STEPS = {"dqn_cartpole": 10_000, "a2c_cartpole": 200_000}  # some ten seconds each
 
 
-def make_env() -> gym.Env:
-    return gym.make("CartPole-v1", max_episode_steps=200)
+# ---- what is timed: each of these is called in a process of its own ----------------------------
 
 
-# ---- the book's way: Q-learning -----------------------------------------------
+def time_ours(name: str, steps: int) -> dict:
+    """Trains with the seeds 0, 1, 2 ..., each until it is solved, up to so many steps in all."""
+    script = importlib.import_module(name)
+    played = seconds = seed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        common = {"device": "cpu", "runs_dir": Path(folder), "eval_episodes": 1}
+        while played < steps:
+            result = script.train(script.Args(seed=seed, **common))
+            played += result["steps"]
+            seconds += result["seconds"]
+            seed += 1
+    return {"steps_per_second": played / seconds, "versions": result["versions"]}
 
 
-class BookMemory:
-    """A list of named tuples."""
+def time_sb3(name: str, steps: int) -> dict:
+    """The same algorithm of Stable-Baselines3, in its own environment."""
+    import gymnasium
+    import stable_baselines3
+    import torch
+    from stable_baselines3 import A2C, DQN
+    from stable_baselines3.common.env_util import make_vec_env
 
-    def __init__(self):
-        self.capacity, self.memory, self.index = 10_000, [], 0
-
-    def push(self, *transition):
-        if len(self.memory) < self.capacity:
-            self.memory.append(None)
-        self.memory[self.index] = Transition(*transition)
-        self.index = (self.index + 1) % self.capacity
-
-    def sample(self, batch_size):
-        return random.sample(self.memory, batch_size)
-
-
-class BookPriorities:
-    """A list of TD errors, searched with a loop."""
-
-    def __init__(self):
-        self.capacity, self.memory, self.index = 10_000, [], 0
-
-    def push(self, td_error):
-        if len(self.memory) < self.capacity:
-            self.memory.append(None)
-        self.memory[self.index] = td_error
-        self.index = (self.index + 1) % self.capacity
-
-    def draw(self, batch_size):
-        total = np.sum(np.absolute(self.memory)) + 0.0001 * len(self.memory)
-        indices, index, reached = [], 0, 0.0
-        for point in np.sort(np.random.uniform(0, total, batch_size)):
-            while reached < point:
-                reached += abs(self.memory[index]) + 0.0001
-                index += 1
-            indices.append(min(index, len(self.memory) - 1))
-        return indices
+    torch.set_num_threads(1)
+    num_envs = 32 if name == "a2c_cartpole" else 1
+    envs = make_vec_env("CartPole-v1", num_envs, seed=0, env_kwargs={"max_episode_steps": 200})
+    network = {"net_arch": [32, 32], "activation_fn": torch.nn.ReLU}
+    common = {"env": envs, "policy_kwargs": network, "gamma": 0.99, "seed": 0, "device": "cpu"}
+    if name == "a2c_cartpole":
+        losses = {"vf_coef": 0.5, "ent_coef": 0.01, "max_grad_norm": 0.5}
+        adam = {"use_rms_prop": False, "learning_rate": 0.01}
+        model = A2C("MlpPolicy", n_steps=5, **adam, **losses, **common)
+    else:
+        memory = {"buffer_size": 10_000, "batch_size": 32, "learning_starts": 32}
+        update = {"train_freq": 1, "gradient_steps": 1, "target_update_interval": 10**9}
+        explore = {"exploration_initial_eps": 0.5, "exploration_final_eps": 0.01}
+        model = DQN("MlpPolicy", learning_rate=1e-4, **memory, **update, **explore, **common)
+    start = time.perf_counter()
+    model.learn(steps)
+    seconds = time.perf_counter() - start
+    modules = (stable_baselines3, torch, gymnasium)
+    versions = {module.__name__: module.__version__ for module in modules}
+    return {"steps_per_second": model.num_timesteps / seconds, "versions": versions}
 
 
-def book_network() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)
+# ---- the rounds --------------------------------------------------------------------------------
+
+
+def measure(side: str, name: str, python: Path | str) -> dict:
+    """Calls time_ours or time_sb3 in a fresh process; the last line it prints is the result."""
+    done = subprocess.run(
+        [python, __file__, "--side", side, "--script", name], capture_output=True, text=True
     )
-
-
-class BookAgent:
-    """DQN, or with target=True Double DQN, or with prioritized=True that with priorities."""
-
-    def __init__(self, target=False, prioritized=False):
-        self.network = book_network()
-        self.target_network = book_network() if target else None
-        self.memory = BookMemory()
-        self.priorities = BookPriorities() if prioritized else None
-        self.optimizer = optim.Adam(self.network.parameters(), lr=0.0001)
-
-    def act(self, state, episode):
-        if 0.5 / (episode + 1) <= np.random.uniform(0, 1):
-            self.network.eval()
-            with torch.no_grad():
-                return self.network(state).max(1)[1].view(1, 1)
-        return torch.LongTensor([[random.randrange(2)]])
-
-    def targets(self, transitions):
-        batch = Transition(*zip(*transitions))
-        states, actions = torch.cat(batch.state), torch.cat(batch.action)
-        rewards = torch.cat(batch.reward)
-        going_on = torch.tensor([state is not None for state in batch.next_state])
-        next_states = torch.cat([state for state in batch.next_state if state is not None])
-        self.network.eval()
-        values = self.network(states).gather(1, actions)
-        next_values = torch.zeros(len(transitions))
-        if self.target_network is None:
-            next_values[going_on] = self.network(next_states).max(1)[0].detach()
-        else:
-            self.target_network.eval()
-            best = self.network(next_states).max(1)[1].view(-1, 1)
-            best_values = self.target_network(next_states).gather(1, best)
-            next_values[going_on] = best_values.detach().squeeze()
-        return values, rewards + 0.99 * next_values
-
-    def update(self):
-        if len(self.memory.memory) < 32:
-            return
-        if self.priorities is None:
-            transitions = self.memory.sample(32)
-        else:
-            transitions = [self.memory.memory[index] for index in self.priorities.draw(32)]
-        values, targets = self.targets(transitions)
-        self.network.train()
-        loss = F.smooth_l1_loss(values, targets.unsqueeze(1))
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-    def end_episode(self, episode):
-        if self.priorities is not None:
-            values, targets = self.targets(self.memory.memory)
-            self.priorities.memory = (targets - values.squeeze()).detach().numpy().tolist()
-        if self.target_network is not None and episode % 2 == 0:
-            self.target_network.load_state_dict(self.network.state_dict())
-
-
-def as_state(observation) -> torch.Tensor:
-    return torch.from_numpy(observation).type(torch.FloatTensor).unsqueeze(0)
-
-
-def book_q_learning(agent: BookAgent, seed: int, num_episodes: int) -> int:
-    """Runs the episodes and returns the steps."""
-    env, total_steps, last_ten = make_env(), 0, np.zeros(10)
-    env.reset(seed=seed)
-    for episode in range(num_episodes):
-        state = as_state(env.reset()[0])
-        for step in range(200):
-            action = agent.act(state, episode)
-            observation, _, terminated, truncated, _ = env.step(action.item())
-            done = terminated or truncated
-            if done:
-                next_state = None
-                last_ten = np.hstack((last_ten[1:], step + 1))
-                reward = torch.FloatTensor([1.0 if step >= 195 else -1.0])
-            else:
-                next_state = as_state(observation)
-                reward = torch.FloatTensor([0.0])
-            agent.memory.push(state, action, next_state, reward)
-            if agent.priorities is not None:
-                agent.priorities.push(0)
-            agent.update()
-            state = next_state
-            if done:
-                print(f"{episode}: {step + 1} steps, mean of 10 {last_ten.mean():.1f}")
-                agent.end_episode(episode)
-                break
-        total_steps += step + 1
-    return total_steps
-
-
-# ---- the book's way: A2C ------------------------------------------------------
-
-
-class BookActorCritic(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(4, 32), nn.Linear(32, 32)
-        self.actor, self.critic = nn.Linear(32, 2), nn.Linear(32, 1)
-
-    def forward(self, x):
-        x = F.relu(self.fc2(F.relu(self.fc1(x))))
-        return self.critic(x), self.actor(x)
-
-
-class BookStorage:
-    def __init__(self, num_steps, num_envs):
-        self.observations = torch.zeros(num_steps + 1, num_envs, 4)
-        self.masks = torch.ones(num_steps + 1, num_envs, 1)
-        self.rewards = torch.zeros(num_steps, num_envs, 1)
-        self.actions = torch.zeros(num_steps, num_envs, 1).long()
-        self.returns = torch.zeros(num_steps + 1, num_envs, 1)
-
-    def compute_returns(self, next_value):
-        self.returns[-1] = next_value
-        for step in reversed(range(len(self.rewards))):
-            after = self.returns[step + 1] * 0.99 * self.masks[step + 1]
-            self.returns[step] = after + self.rewards[step]
-
-
-def book_a2c(seed: int, timesteps: int, num_envs: int = 32, num_steps: int = 5) -> int:
-    """Runs that many timesteps, in whole updates, and returns the timesteps."""
-    network = BookActorCritic()
-    optimizer = optim.Adam(network.parameters(), lr=0.01)
-    storage = BookStorage(num_steps, num_envs)
-    envs = [make_env() for _ in range(num_envs)]
-    observations = np.array([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    storage.observations[0] = torch.from_numpy(observations).float()
-    episode_rewards, final_rewards = torch.zeros(num_envs, 1), torch.zeros(num_envs, 1)
-    rewards, dones = np.zeros((num_envs, 1)), np.zeros(num_envs, bool)
-    each_step, episode = np.zeros(num_envs, int), 0
-    num_updates = timesteps // (num_envs * num_steps)
-    for _ in range(num_updates):
-        for step in range(num_steps):
-            with torch.no_grad():
-                _, logits = network(storage.observations[step])
-                actions = F.softmax(logits, dim=1).multinomial(num_samples=1)
-            choices = actions.squeeze(1).numpy()
-            for i in range(num_envs):
-                observations[i], _, terminated, truncated, _ = envs[i].step(choices[i])
-                dones[i] = terminated or truncated
-                if dones[i]:
-                    if i == 0:
-                        print(f"{episode}: {each_step[i] + 1} steps")
-                        episode += 1
-                    rewards[i] = 1.0 if each_step[i] >= 195 else -1.0
-                    each_step[i] = 0
-                    observations[i] = envs[i].reset()[0]
-                else:
-                    rewards[i] = 0.0
-                    each_step[i] += 1
-            reward = torch.from_numpy(rewards).float()
-            masks = torch.FloatTensor([[0.0] if done else [1.0] for done in dones])
-            episode_rewards += reward
-            final_rewards = final_rewards * masks + (1 - masks) * episode_rewards
-            episode_rewards *= masks
-            storage.observations[step + 1].copy_(torch.from_numpy(observations).float())
-            storage.masks[step + 1].copy_(masks)
-            storage.rewards[step].copy_(reward)
-            storage.actions[step].copy_(actions)
-        with torch.no_grad():
-            next_value = network(storage.observations[-1])[0]
-        storage.compute_returns(next_value)
-        values, logits = network(storage.observations[:-1].view(-1, 4))
-        log_probs, probs = F.log_softmax(logits, dim=1), F.softmax(logits, dim=1)
-        action_log_probs = log_probs.gather(1, storage.actions.view(-1, 1))
-        entropy = -(log_probs * probs).sum(-1).mean()
-        advantages = storage.returns[:-1].view(-1, 1) - values
-        value_loss = advantages.pow(2).mean()
-        gain = (action_log_probs * advantages.detach()).mean()
-        loss = value_loss * 0.5 - gain - entropy * 0.01
-        network.train()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 0.5)
-        optimizer.step()
-        storage.observations[0].copy_(storage.observations[-1])
-        storage.masks[0].copy_(storage.masks[-1])
-        if final_rewards.sum() >= num_envs:
-            break
-    return num_updates * num_envs * num_steps
-
-
-# ---- this collection ----------------------------------------------------------
-
-
-def ours(script, network: nn.Module, **flags) -> int:
-    """Runs a script's learning loop and returns the steps."""
-    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
-        return script.learn(script.Args(**flags), network, CPU, writer)[-1]
-
-
-def ours_q_learning(script, seed: int, num_episodes: int) -> int:
-    return ours(script, script.QNetwork(32, False), seed=seed, num_episodes=num_episodes)
-
-
-def ours_a2c(seed: int, timesteps: int) -> int:
-    return ours(a2c_cartpole, a2c_cartpole.ActorCritic(32), seed=seed, total_timesteps=timesteps)
-
-
-def full_memory(policy: nn.Module) -> list[tuple]:
-    """10,000 transitions of a policy that takes one action in ten at random."""
-    rng, env, transitions = np.random.default_rng(0), make_env(), []
-    while len(transitions) < 10_000:
-        state, steps, done = env.reset(seed=len(transitions))[0], 0, False
-        while not done:
-            greedy = per_cartpole.greedy_action(policy, state, CPU)
-            action = int(rng.integers(2)) if rng.random() < 0.1 else greedy
-            next_state, _, terminated, truncated, _ = env.step(action)
-            done, steps = terminated or truncated, steps + 1
-            reward = per_cartpole.book_reward(steps, done)
-            transitions.append((state, action, reward, next_state, done))
-            state = next_state
-    return transitions[-10_000:]
-
-
-def ours_per(policy: nn.Module, transitions: list[tuple], num_episodes: int) -> int:
-    """The prioritized script with a memory that is full from the start."""
-
-    class FullMemory(per_cartpole.ReplayMemory):
-        def __init__(self, *args):
-            super().__init__(*args)
-            for transition in transitions:
-                self.push(*transition)
-
-    network = per_cartpole.QNetwork(32, False)
-    network.load_state_dict(policy.state_dict())
-    flags = {"uniform_episodes": 0, "alpha": 1.0, "beta": 0.0}  # the book's
-    per_cartpole.ReplayMemory, plain = FullMemory, per_cartpole.ReplayMemory
-    try:
-        return ours(per_cartpole, network, num_episodes=num_episodes, **flags)
-    finally:
-        per_cartpole.ReplayMemory = plain
-
-
-def book_per(policy: nn.Module, transitions: list[tuple], num_episodes: int) -> int:
-    """The book's way, likewise."""
-    agent = BookAgent(target=True, prioritized=True)
-    weights = dict(zip(agent.network.state_dict(), policy.state_dict().values()))
-    agent.network.load_state_dict(weights)
-    for state, action, reward, next_state, done in transitions:
-        next_state = None if done else as_state(next_state)
-        action, reward = torch.LongTensor([[action]]), torch.FloatTensor([reward])
-        agent.memory.push(as_state(state), action, next_state, reward)
-        agent.priorities.push(0)
-    return book_q_learning(agent, 0, num_episodes)
-
-
-# ---- measurement --------------------------------------------------------------
-
-
-def rate(loop, *args, **flags) -> float:
-    """Steps per second of a loop that returns its number of steps; what it prints is dropped.
-
-    The seconds are the processor's, on one thread: other programs disturb them less than the clock.
-    """
-    with open(os.devnull, "w") as null:
-        with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            start = time.process_time()
-            return loop(*args, **flags) / (time.process_time() - start)
-
-
-def write_rows(path: Path, rows: list[list]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-
-
-def trained_policy() -> nn.Module:
-    """A policy that holds the pole up, so that the measured episodes have their usual length."""
-    torch.manual_seed(0)
-    policy = per_cartpole.QNetwork(32, False)
-    rate(ours, per_cartpole, policy)
-    return policy
-
-
-def compare(
-    policy: nn.Module, transitions: list[tuple], pairs: int, size: float, path: Path
-) -> None:
-    """Runs both ways in turn; size scales the lengths of the runs."""
-    episodes, timesteps = max(1, round(125 * size)), max(160, round(20_000 * size))
-    contests = {
-        "dqn": (
-            lambda seed: ours_q_learning(dqn_cartpole, seed, episodes),
-            lambda seed: book_q_learning(BookAgent(), seed, episodes),
-        ),
-        "ddqn": (
-            lambda seed: ours_q_learning(ddqn_cartpole, seed, episodes),
-            lambda seed: book_q_learning(BookAgent(target=True), seed, episodes),
-        ),
-        "per_full_memory": (
-            lambda seed: ours_per(policy, transitions, max(1, round(10 * size))),
-            lambda seed: book_per(policy, transitions, max(1, round(10 * size))),
-        ),
-        "a2c": (
-            lambda seed: ours_a2c(seed, timesteps),
-            lambda seed: book_a2c(seed, timesteps),
-        ),
-    }
-    rows = [["script", "pair", "steps_per_second", "book_steps_per_second", "ratio"]]
-    for name, (our_way, books_way) in contests.items():
-        ratios = []
-        rate(our_way, 0), rate(books_way, 0)  # the first run of a process is slower
-        for pair in range(pairs):
-            torch.manual_seed(pair)
-            fast, slow = rate(our_way, pair), rate(books_way, pair)
-            ratios.append(fast / slow)
-            rows.append([name, pair, round(fast, 1), round(slow, 1), round(fast / slow, 3)])
-        print(f"{name}: {np.median(ratios):.2f} times the book's way", [f"{r:.2f}" for r in ratios])
-    write_rows(path, rows)
-
-
-class Stopwatch:
-    """Adds up the time spent in functions, which are replaced by timed ones until it is closed."""
-
-    def __init__(self):
-        self.seconds, self.replaced = {}, []
-
-    def time(self, part: str, owner, name: str) -> None:
-        function = getattr(owner, name)
-        self.replaced.append((owner, name, function))
-
-        def timed(*args, **kwargs):
-            start = time.process_time()
-            result = function(*args, **kwargs)
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.process_time() - start
-            return result
-
-        setattr(owner, name, timed)
-
-    def close(self) -> None:
-        for owner, name, function in self.replaced:
-            setattr(owner, name, function)
-
-
-def profile(policy: nn.Module, transitions: list[tuple], size: float, path: Path) -> None:
-    """Writes how each loop's time is shared out among its parts."""
-    rows = [["script", "part", "share"]]
-    for script in (dqn_cartpole, ddqn_cartpole, per_cartpole, a2c_cartpole):
-        watch = Stopwatch()
-        if script is a2c_cartpole:
-            watch.time("environments", script.CartPoles, "step")
-            watch.time("acting", script, "act")
-            loop, *settings = ours_a2c, 0, max(160, round(20_000 * size))
-        else:
-            watch.time("environment", gym.wrappers.TimeLimit, "step")
-            watch.time("acting", script, "greedy_action")
-            watch.time("memory", script.ReplayMemory, "push")
-            watch.time("memory", script.ReplayMemory, "sample")
-            watch.time("update", script, "update")
-            loop, *settings = ours_q_learning, script, 0, max(40, round(125 * size))
-        if script is per_cartpole:
-            watch.time("memory", script.ReplayMemory, "sample_by_priority")
-            watch.time("priorities", script, "td_errors")
-            loop, *settings = ours_per, policy, transitions, max(1, round(10 * size))
-        start = time.process_time()
-        rate(loop, *settings)
-        whole = time.process_time() - start
-        watch.close()
-        rest = "update and the rest" if script is a2c_cartpole else "the rest"
-        watch.seconds[rest] = whole - sum(watch.seconds.values())
-        for part, seconds in watch.seconds.items():
-            rows.append([script.__name__, part, round(seconds / whole, 3)])
-        print(script.__name__, {part: f"{s / whole:.0%}" for part, s in watch.seconds.items()})
-    write_rows(path, rows)
+    if done.returncode != 0:
+        raise SystemExit(f"{side} {name} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=9, help="how often each comparison is made")
-    parser.add_argument("--size", type=float, default=1.0, help="scales the lengths of the runs")
+    parser.add_argument("--sb3-python", type=Path, help="Python that has stable-baselines3")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--side", choices=["ours", "sb3"], help=argparse.SUPPRESS)
+    parser.add_argument("--script", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    policy = trained_policy()
-    transitions = full_memory(policy)
-    compare(policy, transitions, args.pairs, args.size, args.results / "cartpole_speed.csv")
-    profile(policy, transitions, args.size, args.results / "cartpole_profile.csv")
+    if args.side:
+        time_side = time_ours if args.side == "ours" else time_sb3
+        print(json.dumps(time_side(args.script, STEPS[args.script])))
+        return
+    if args.sb3_python is None or not args.sb3_python.is_file():
+        parser.error("--sb3-python must name the Python of an environment with stable-baselines3")
+
+    args.results.mkdir(parents=True, exist_ok=True)
+    ratios = {name: [] for name in STEPS}
+    with (args.results / "cartpole_speed.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["script", "round", "steps_per_second", "sb3_steps_per_second", "ratio"])
+        for number in range(args.rounds):
+            for name in STEPS:
+                ours = measure("ours", name, sys.executable)
+                sb3 = measure("sb3", name, args.sb3_python)
+                speeds = ours["steps_per_second"], sb3["steps_per_second"]
+                ratios[name].append(speeds[0] / speeds[1])
+                writer.writerow([name, number, *(round(x, 1) for x in speeds), ratios[name][-1]])
+                file.flush()
+                print(f"round {number}: {name} {speeds[0]:.0f} steps/s, SB3 {speeds[1]:.0f}")
+    print(f"versions: {ours['versions']}, {sb3['versions']}")
+    for name, values in ratios.items():
+        print(f"{name}.py is {statistics.median(values):.2f} times as fast as Stable-Baselines3")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ COLUMNS = ["recipe", "seed", "accuracy_before", "accuracy", "seconds_per_epoch"]
 PICTURES = {"test_image_2020.png": "mnist_test_image.png", "most_wrong.png": "mnist_most_wrong.png"}
 
 
-def run(args: mnist.Args, results: Path, keep_pictures: bool) -> mnist.Result:
+def run(args: mnist.Args, results: Path, keep_pictures: bool) -> dict:
     """One run of mnist.py in a folder that is thrown away, without its output."""
     with tempfile.TemporaryDirectory() as folder:
         args.runs_dir = Path(folder)
@@ -54,15 +54,8 @@ def main() -> None:
                 seed=seed, anneal_lr=anneal_lr, data_dir=options.data_dir, device="cpu"
             )
             result = run(args, options.results, keep_pictures=not rows)
-            rows.append(
-                [
-                    recipe,
-                    seed,
-                    result.accuracy_before,
-                    result.accuracy,
-                    f"{result.seconds_per_epoch:.3f}",
-                ]
-            )
+            seconds = f"{result['seconds_per_epoch']:.3f}"
+            rows.append([recipe, seed, result["accuracy_before"], result["accuracy"], seconds])
             print(*rows[-1], sep="  ", flush=True)
     with (options.results / "mnist_accuracy.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])

@@ -195,9 +195,7 @@ class ReplayMemory:
 
 
 @torch.no_grad()
-def td_targets(
-    network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float
-) -> Tensor:
+def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float) -> Tensor:
     """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1)."""
     next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
     next_values = target_network(batch.next_states).gather(1, next_actions)  # (batch, 1)

@@ -184,7 +184,7 @@ class ReplayMemory:
         self.rewards = np.zeros((capacity, 1), np.float32)
         self.next_states = np.zeros((capacity, 4), np.float32)
         self.not_done = np.zeros((capacity, 1), np.float32)
-        self.priorities = np.zeros(capacity, np.float64)
+        self.priorities = np.zeros(capacity, np.float64)  # a float32 sum can lose the small ones
         self.cumulative = np.zeros(capacity, np.float64)  # sum of the priorities up to each row
         self.alpha, self.beta = alpha, beta
         self.capacity, self.pushes, self.rng = capacity, 0, rng
@@ -210,10 +210,7 @@ class ReplayMemory:
         return self.take(self.rng.integers(len(self), size=batch_size), device)
 
     def sample_by_priority(self, batch_size: int, device: torch.device) -> Batch:
-        """Draws transitions in proportion to their priorities, with replacement.
-
-        float64, since a float32 sum of 10,000 priorities can round the small ones away.
-        """
+        """Draws transitions in proportion to their priorities, with replacement."""
         total = self.cumulative[-1]
         points = total * self.rng.random(batch_size)  # (batch,)
         rows = self.cumulative.searchsorted(points, side="right")
@@ -238,9 +235,7 @@ class ReplayMemory:
 
 
 @torch.no_grad()
-def td_targets(
-    network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float
-) -> Tensor:
+def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float) -> Tensor:
     """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1)."""
     next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
     next_values = target_network(batch.next_states).gather(1, next_actions)  # (batch, 1)

@@ -129,6 +129,18 @@ def test_every_layer_learns(name, tmp_path):
 
 
 @each_script
+def test_the_average_is_what_is_saved_and_evaluated(name, tmp_path):
+    _, start, _ = run_once(name, tmp_path / "still", learning_rate=1e-30)
+    values = {"learning_rate": 0.01, "average_decay": 1 - 1e-9, "eval_episodes": 20}
+    result, kept, run_dir = run_once(name, tmp_path / "learning", **values)
+    for layer in start:
+        torch.testing.assert_close(kept[layer], start[layer])
+    given = {"weights": run_dir / "weight_end.pth", "eval_episodes": 20}
+    again, _, _ = run_once(name, tmp_path / "again", **given)
+    assert result["eval_mean"] == again["eval_mean"] and result["eval_std"] == again["eval_std"]
+
+
+@each_script
 def test_ctrl_c_saves_what_was_learnt_and_exits_with_130(name, tmp_path, monkeypatch, capsys):
     write = tqdm.tqdm.write
 
@@ -161,13 +173,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(name, tmp_path, monkeypatch):
 def test_given_weights_are_evaluated_and_filmed_and_not_trained(name, tmp_path):
     _, weights, run_dir = run_once(name, tmp_path / "training", average_decay=0)
     given = {"weights": run_dir / "weight_end.pth"}
-    result, same, run_dir = run_once(name, tmp_path / "evaluation", eval_episodes=1, **given)
+    result, same, run_dir = run_once(name, tmp_path / "one", eval_episodes=1, **given)
     assert (result["solved_episode"], result["episodes"], result["steps"]) == (None, 0, 0)
     assert all(equal(weights, same))
-    with imageio.get_reader(run_dir / "film.mp4") as film:  # shows the first episode
-        assert film.get_meta_data()["fps"] == 50
-        assert film.get_meta_data()["size"] == (600, 400)
-        assert sum(1 for _ in film) == result["eval_mean"]
+    _, _, longer = run_once(name, tmp_path / "four", eval_episodes=4, **given)
+    for path in (run_dir / "film.mp4", longer / "film.mp4"):  # both show the first episode
+        with imageio.get_reader(path) as film:
+            assert film.get_meta_data()["fps"] == 50
+            assert film.get_meta_data()["size"] == (600, 400)
+            assert sum(1 for _ in film) == result["eval_mean"]
 
 
 @each_script

@@ -369,7 +369,7 @@ def train(args: Args) -> dict:
         try:
             network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
         except Exception as error:  # a damaged file can raise nearly anything
-            raise ValueError(f"--weights: {args.weights} does not fit this network") from error
+            raise ValueError(f"--weights: cannot load {args.weights} into this network") from error
     averaged = copy.deepcopy(network)
     name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = args.runs_dir / name

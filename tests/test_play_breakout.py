@@ -1,6 +1,5 @@
 """Tests of play_breakout.py: what is played, counted, filmed and refused."""
 
-import functools
 import json
 import math
 import os
@@ -21,17 +20,17 @@ from PIL import Image
 
 import a2c_breakout
 import play_breakout
-from play_breakout import ActorCritic, Args, Game, UserError
+from play_breakout import ActorCritic, Args, Game
 
 SCRIPT = Path(play_breakout.__file__)
 BREAKOUT = "BreakoutNoFrameskip-v4"
-CPU = torch.device("cpu")
+CPU = "cpu"
 NOOP, FIRE, RIGHT, LEFT = range(4)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Many threads are no faster on so few frames, and slow each other down when the cores are busy."""
+    """Many threads are no faster on so few frames, and in each other's way on busy cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,9 +52,13 @@ def weights(network, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def short_games(monkeypatch):
-    """Lets the emulator end a game after 120 frames, 30 decisions, instead of 108,000."""
-    short = functools.partial(gym.make, max_num_frames_per_episode=120)
-    monkeypatch.setattr(play_breakout.gym, "make", short)
+    """Lets the emulator end a game after 120 frames, 30 decisions."""
+    make = gym.make
+
+    def make_short(*args, **kwargs):
+        return make(*args, **kwargs | {"max_num_frames_per_episode": 120})
+
+    monkeypatch.setattr(play_breakout.gym, "make", make_short)
 
 
 class Always(torch.nn.Module):
@@ -100,7 +103,7 @@ def test_whole_games_are_those_of_training(game):
 def test_network_is_that_of_training(network):
     training = a2c_breakout.ActorCritic(4)
     training.load_state_dict(network.state_dict())
-    frames = torch.randint(256, (3, 84, 84, 4), dtype=torch.uint8)
+    frames = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
     for ours, theirs in zip(network(frames), training(frames)):
         assert ours.shape == theirs.shape
         assert torch.allclose(ours, theirs, atol=1e-6)
@@ -119,8 +122,8 @@ def test_an_attempt_is_one_life_with_fresh_bricks_and_no_noops():
         first.step(int(generator.integers(4)))
         lives.append(env.unwrapped.ale.lives())
     assert lives[-1] == 4 and set(lives[:-1]) == {5}
-    assert first.score == env.get_wrapper_attr("game")["game_return"]
-    # The next attempt on the same emulator begins where every game begins, on the emulator's first frame.
+    assert first.score == env.get_wrapper_attr("game")["score"]
+    # The next attempt on the same emulator begins where every game begins, on its first frame.
     second = Game(env, seed=4, whole=False)
     assert np.array_equal(second.frames, start)
     assert env.unwrapped.ale.lives() == 5
@@ -149,7 +152,7 @@ def test_a_whole_game_is_five_lives_and_its_score_their_sum(monkeypatch):
         game.step(int(generator.integers(4)))
         if game.score is None and env.unwrapped.ale.lives() < lives:
             restarts += 1
-            assert not game.frames[..., :3].any() and game.frames[..., 3].any()
+            assert not game.frames[:3].any() and game.frames[3].any()
     assert env.unwrapped.ale.lives() == 0
     assert restarts == 4
     assert game.score == sum(rewards) > 0
@@ -168,9 +171,18 @@ def test_a_game_in_which_nothing_happens_ends(short_games, whole):
         assert set(game.actions) == {NOOP}
 
 
-def test_the_emulator_ends_a_game_after_108_000_frames():
-    env = play_breakout.make_game(BREAKOUT, "ram")
-    assert env.unwrapped.ale.getInt("max_num_frames_per_episode") == 108_000
+@pytest.mark.parametrize(("game", "frames"), [("Breakout", 65_536), ("Pong", 108_000)])
+def test_no_game_goes_on_behind_its_frame_limit(game, frames):
+    """From frame 65,536 on, Breakout's cartridge serves no ball any more."""
+    env = play_breakout.make_game(f"{game}NoFrameskip-v4")
+    assert env.unwrapped.ale.getInt("max_num_frames_per_episode") == frames
+
+
+def test_a_game_of_breakout_is_cut_before_its_cartridge_dies():
+    game = Game(play_breakout.make_env(BREAKOUT, True), seed=1, whole=True)
+    while game.score is None:
+        game.step(NOOP)
+    assert game.env.unwrapped.ale.getEpisodeFrameNumber() == 65_536
 
 
 def test_each_game_is_the_same_whatever_is_played_beside_it(network, short_games):
@@ -202,7 +214,7 @@ def test_actions_are_drawn_from_the_policy_or_are_the_likeliest():
 
 @pytest.fixture
 def scripted(monkeypatch, weights, tmp_path):
-    """play() with games whose seeds and scores are given; None stands for Ctrl-C. Nothing is filmed."""
+    """play() with games of given seeds and scores, not filmed; None stands for Ctrl-C."""
 
     def play(script, **flags):
         def play_games(network, envs, seeds, whole, greedy, device):
@@ -218,7 +230,7 @@ def scripted(monkeypatch, weights, tmp_path):
             play.filmed = game.seed
 
         monkeypatch.setattr(play_breakout, "play_games", play_games)
-        monkeypatch.setattr(play_breakout, "replay", lambda game, env: game)
+        monkeypatch.setattr(play_breakout, "replay", lambda game: game)
         monkeypatch.setattr(play_breakout, "film", film)
         try:
             return play_breakout.play(Args(weights=weights, runs_dir=tmp_path, seed=50, **flags))
@@ -232,7 +244,7 @@ def scripted(monkeypatch, weights, tmp_path):
 
 def test_attempts_go_on_until_one_is_over_the_target(scripted, capsys):
     result = scripted([(50, 3), (51, 5), (52, 9), (53, 7)], target_score=5, max_attempts=9)
-    assert result.scores == [3, 5, 9]
+    assert result["scores"] == [3, 5, 9]
     assert scripted.seeds == range(50, 59) and scripted.num_envs == 1
     assert scripted.filmed == 52
     out = capsys.readouterr().out
@@ -242,17 +254,17 @@ def test_attempts_go_on_until_one_is_over_the_target(scripted, capsys):
 
 def test_when_the_target_is_missed_the_best_is_filmed_all_the_same(scripted, capsys, tmp_path):
     result = scripted([(50, 3), (51, 5), (52, 5), (53, 1)], target_score=5, max_attempts=4)
-    assert result.scores == [3, 5, 5, 1]
-    assert (result.mean, result.min, result.max) == (3.5, 1, 5)
-    assert result.std == pytest.approx(math.sqrt(2.75))
+    assert result["scores"] == [3, 5, 5, 1]
+    assert (result["mean"], result["min"], result["max"]) == (3.5, 1, 5)
+    assert result["std"] == pytest.approx(math.sqrt(2.75))
     assert scripted.filmed == 51
-    assert "missed, the best is filmed all the same" in capsys.readouterr().out
+    assert "over 5 is missed" in capsys.readouterr().out
     (run_dir,) = tmp_path.iterdir()
     assert run_dir.name.startswith("play_breakout__50__")
     saved = read_result(run_dir)
-    assert saved["scores"] == result.scores and saved["std"] == result.std
+    assert saved["scores"] == result["scores"] and saved["std"] == result["std"]
     assert saved.keys() == {"seed", "seconds", "versions", "scores", "mean", "std", "min", "max"}
-    assert saved["versions"].keys() == {"python", "ale-py", "torch", "gymnasium", "numpy", "opencv-python"}
+    assert saved["versions"].keys() == {"python", "ale_py", "torch", "gymnasium", "numpy", "cv2"}
     assert json.loads((run_dir / "args.json").read_text())["weights"].endswith("weight_end.pth")
 
 
@@ -263,7 +275,7 @@ def test_greedy_attempts_are_all_alike_so_one_is_played(scripted):
 
 def test_full_games_count_in_the_order_of_their_seeds(scripted, capsys):
     result = scripted([(52, 1), (50, 8), (51, 4)], full_games=3, target_score=0)
-    assert result.scores == [8, 4, 1]
+    assert result["scores"] == [8, 4, 1]
     assert scripted.seeds == range(50, 53) and scripted.num_envs == 3
     assert scripted.filmed == 50
     out = capsys.readouterr().out
@@ -289,8 +301,8 @@ def test_film_shows_every_decision_of_the_best_attempt(weights, tmp_path, short_
     network = play_breakout.load_network(weights, 4)
     env = play_breakout.make_env(BREAKOUT, False)
     games = list(play_breakout.play_games(network, [env], range(10_000, 10_003), False, False, CPU))
-    assert [game.score for game in games] == result.scores
-    best = games[result.scores.index(result.max)]
+    assert [game.score for game in games] == result["scores"]
+    best = games[result["scores"].index(result["max"])]
     game = gym.make(BREAKOUT, obs_type="rgb")
     game.reset(seed=best.seed)
     screens, over = [], False
@@ -324,11 +336,12 @@ def test_film_shows_every_decision_of_the_best_attempt(weights, tmp_path, short_
 
 def test_a_game_that_comes_out_differently_when_filmed_is_noticed(short_games):
     env = play_breakout.make_env(BREAKOUT, True)
-    (game,) = play_breakout.play_games(Always(0.0, 0.0, 0.0, 0.0), [env], range(1), True, False, CPU)
-    assert len(list(play_breakout.replay(game, env))) == len(game.actions)
+    policy = Always(0.0, 0.0, 0.0, 0.0)
+    (game,) = play_breakout.play_games(policy, [env], range(1), True, False, CPU)
+    assert len(list(play_breakout.replay(game))) == len(game.actions)
     game.score += 1
     with pytest.raises(AssertionError):
-        list(play_breakout.replay(game, env))
+        list(play_breakout.replay(game))
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -344,16 +357,16 @@ def test_weights_of_every_kind_are_read(kind, network, tmp_path):
     if kind == "own":
         torch.save(state_dict, path)
     elif kind == "book":  # another module, with the same names and contiguous tensors
-        copies = OrderedDict((name, tensor.clone().contiguous()) for name, tensor in state_dict.items())
-        torch.save(copies, path)
+        copies = {name: tensor.clone().contiguous() for name, tensor in state_dict.items()}
+        torch.save(OrderedDict(copies), path)
     elif kind == "old format":
         torch.save(state_dict, path, _use_new_zipfile_serialization=False)
     elif kind == "checkpoint":
-        torch.save({"args": {}, "network": state_dict, "progress": {"update": 3}}, path)
+        torch.save({"averaged": state_dict, "progress": {"update": 3}}, path)
     elif kind == "float16":
         torch.save(half(state_dict), path)
     loaded = play_breakout.load_network(path, 4)
-    frames = torch.randint(256, (3, 84, 84, 4), dtype=torch.uint8)
+    frames = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
     tolerance = 1e-3 if kind == "float16" else 0
     for ours, theirs in zip(loaded(frames), network(frames)):
         assert ours.dtype == torch.float32
@@ -406,13 +419,13 @@ def bad_weights(kind: str, good: Path, path: Path, marker: Path) -> str:
         return "No such file"
     if kind == "folder":
         path.mkdir()
-        return "cannot read"
+        return "Is a directory"
     if kind in ("empty", "truncated", "noise", "text"):
         content = good.read_bytes()
         noise = np.random.default_rng(0).bytes(5000)
-        path.write_bytes(
-            {"empty": b"", "truncated": content[: len(content) // 2], "noise": noise, "text": b"Hi"}[kind]
-        )
+        half_of_it = content[: len(content) // 2]
+        contents = {"empty": b"", "truncated": half_of_it, "noise": noise, "text": b"Hi"}
+        path.write_bytes(contents[kind])
         return "damaged"
     if kind in ("code", "bare code"):
         if kind == "code":
@@ -421,15 +434,14 @@ def bad_weights(kind: str, good: Path, path: Path, marker: Path) -> str:
             path.write_bytes(pickle.dumps(Bomb(marker)))
         return "damaged"
     content, words = {
-        "number": (3, "does not hold this network"),
-        "list": ([1, 2], "does not hold this network"),
-        "foreign": ({"fc.weight": torch.zeros(2, 2)}, "does not hold this network"),
-        "one missing": ({k: v for k, v in state_dict.items() if k != "actor.bias"}, "actor.bias"),
-        "no tensors": (dict.fromkeys(state_dict, 0), "a int"),
-        "shape": ({**state_dict, "conv.7.weight": torch.zeros(512, 100)}, "(512, 100), not (512, 3136)"),
-        "actions": (ActorCritic(6).state_dict(), "(6, 512), not (4, 512)"),
-        "not finite": ({**state_dict, "critic.bias": torch.tensor([math.nan])}, "critic.bias"),
-        "integers": ({**state_dict, "critic.bias": torch.tensor([1])}, "critic.bias"),
+        "number": (3, "does not hold"),
+        "list": ([1, 2], "does not hold"),
+        "foreign": ({"fc.weight": torch.zeros(2, 2)}, "does not hold"),
+        "one missing": ({k: v for k, v in state_dict.items() if k != "actor.bias"}, "not hold"),
+        "no tensors": (dict.fromkeys(state_dict, 0), "does not hold"),
+        "shape": ({**state_dict, "conv.7.weight": torch.zeros(512, 100)}, "does not hold"),
+        "actions": (ActorCritic(6).state_dict(), "a network for 4 actions"),
+        "not finite": ({**state_dict, "critic.bias": torch.tensor([math.nan])}, "finite"),
     }[kind]
     torch.save(content, path)
     return words
@@ -437,24 +449,24 @@ def bad_weights(kind: str, good: Path, path: Path, marker: Path) -> str:
 
 @pytest.mark.parametrize(
     "kind",
-    ["missing", "folder", "empty", "truncated", "noise", "text", "code", "bare code", "number", "list",
-     "foreign", "one missing", "no tensors", "shape", "actions", "not finite", "integers"],
+    ["missing", "folder", "empty", "truncated", "noise", "text", "code", "bare code", "number",
+     "list", "foreign", "one missing", "no tensors", "shape", "actions", "not finite"],
 )  # fmt: skip
-def test_bad_weights_are_refused(kind, weights, tmp_path, recwarn):
+def test_bad_weights_are_refused(kind, weights, tmp_path):
     path, marker, runs_dir = tmp_path / "bad.pth", tmp_path / "marker", tmp_path / "runs"
     words = bad_weights(kind, weights, path, marker)
-    with pytest.raises(UserError) as error:
+    with pytest.raises((ValueError, OSError)) as error:
         play_breakout.play(Args(weights=path, runs_dir=runs_dir))
     assert words in str(error.value) and str(path) in str(error.value)
     assert "\n" not in str(error.value)
-    assert not runs_dir.exists() and not marker.exists() and not recwarn
+    assert not runs_dir.exists() and not marker.exists()
 
 
 def test_weights_that_overflow_end_in_one_line(weights, tmp_path):
     huge = {name: tensor * 1e20 for name, tensor in torch.load(weights, weights_only=True).items()}
     torch.save(huge, tmp_path / "huge.pth")
-    with pytest.raises(UserError, match="overflow"):
-        play_breakout.play(Args(weights=tmp_path / "huge.pth", full_games=1, runs_dir=tmp_path / "runs"))
+    with pytest.raises(ValueError, match="overflow"):
+        play_breakout.play(Args(weights=tmp_path / "huge.pth", full_games=1, runs_dir=tmp_path))
 
 
 def test_files_damaged_anywhere_are_refused_or_read(tmp_path):
@@ -468,7 +480,7 @@ def test_files_damaged_anywhere_are_refused_or_read(tmp_path):
         for position in generator.integers(len(damaged), size=4):
             damaged[position] = generator.integers(256)
         path.write_bytes(damaged[: generator.integers(1, len(damaged) + 1)])
-        with pytest.raises(UserError):  # too small for this network, even where it is read
+        with pytest.raises((ValueError, OSError)):  # too small for the network, where it is read
             play_breakout.load_network(path, 4)
 
 
@@ -492,7 +504,10 @@ def test_files_damaged_anywhere_are_refused_or_read(tmp_path):
         {"env_id": "CartPole-v1"},
         {"env_id": "ALE/Breakout-v5"},
         {"env_id": "BreakoutNoFrameskip-v0"},  # repeats actions by chance
-        pytest.param({"device": "cuda"}, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")),
+        pytest.param(
+            {"device": "cuda"},
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA"),
+        ),
     ],
     ids=str,
 )
@@ -501,7 +516,7 @@ def test_values_that_make_no_sense_are_refused(flags, weights, tmp_path):
     if "random" not in flags:
         flags["weights"] = weights
     flag = [name for name in flags if name not in ("runs_dir", "weights")][0].replace("_", "-")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ValueError) as error:
         play_breakout.play(Args(**flags))
     assert f"--{flag}" in str(error.value) and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -509,7 +524,7 @@ def test_values_that_make_no_sense_are_refused(flags, weights, tmp_path):
 
 def test_a_file_in_the_place_of_the_runs_folder_is_refused(weights, tmp_path):
     (tmp_path / "runs").write_text("mine")
-    with pytest.raises(UserError, match="cannot write to"):
+    with pytest.raises(OSError, match="runs"):
         play_breakout.play(Args(weights=weights, runs_dir=tmp_path / "runs"))
     assert (tmp_path / "runs").read_text() == "mine"
 
@@ -532,13 +547,14 @@ def test_copied_alone_it_plays_at_random_and_asks_for_a_policy(tmp_path):
     assert lines[0] == "observation space: Box(0, 255, (210, 160, 3), uint8)"
     assert lines[1] == "action space:      Discrete(4)"
     assert lines[2] == "action meanings:   ['NOOP', 'FIRE', 'RIGHT', 'LEFT']"
-    assert lines[-1] == f"Everything is in {run_dir.relative_to(tmp_path)}"
-    decisions, *_, score = lines[3].split()
+    assert lines[-1] == f"Everything is in {run_dir.relative_to(tmp_path)}, the film is film.mp4"
+    assert "the lives that are left" in lines[3] and "FIRE serves" in lines[4]
+    decisions, *_, score = lines[5].split()
     assert read_result(run_dir)["scores"] == [float(score)]
 
     first_screen = imageio.imread(run_dir / "first_screen.png")
     assert first_screen.shape == (210, 160, 3)
-    assert len(np.unique(first_screen.reshape(-1, 3), axis=0)) > 6  # the rows of bricks have colours
+    assert len(np.unique(first_screen.reshape(-1, 3), axis=0)) > 6  # rows of bricks
     with imageio.get_reader(run_dir / "film.mp4") as film:
         assert film.get_meta_data()["size"] == (480, 630)
         assert sum(1 for _ in film) == int(decisions) <= 1000
@@ -557,7 +573,7 @@ def test_bad_weights_give_one_line(tmp_path):
     (tmp_path / "noise.pth").write_bytes(np.random.default_rng(0).bytes(1000))
     done = run_script("--weights", "noise.pth", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "error: cannot read noise.pth: not a file of weights, or damaged\n"
+    assert done.stderr.startswith("error: noise.pth is damaged") and done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["noise.pth"]
 
 
@@ -579,7 +595,7 @@ def test_ctrl_c_saves_what_there_is(weights, tmp_path):
     assert process.returncode == 130
     assert err == "Interrupted.\n"
     (run_dir,) = tmp_path.iterdir()
-    assert out.splitlines()[-1] == f"Everything is in {run_dir}"
+    assert out.splitlines()[-1] == f"Everything is in {run_dir}, the film is film.mp4"
     assert len(read_result(run_dir)["scores"]) >= 2
     with imageio.get_reader(run_dir / "film.mp4") as film:
         assert sum(1 for _ in film) > 10

@@ -86,7 +86,7 @@ class Mirror(BaseHTTPRequestHandler):
         if kind == "silent":
             return self.server.closing.wait(60)
         bodies = {"other": gzip.compress(b"\0" * 100), "page": b"<html>log in</html>", "empty": b""}
-        bodies["scrambled"] = packed[:100] + b"noise" + packed[105:]
+        bodies["scrambled"] = packed[:100] + b"\xff" * 99 + packed[199:]
         if kind in ("truncated", "cut", "stops", "chunk"):
             bodies[kind] = packed[: len(packed) // 2]
         body = bodies.get(kind, packed)

@@ -83,52 +83,29 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 class Args:
     """Train A2C on an Atari game."""
 
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """a game of ale-py that does not skip frames itself: <Game>NoFrameskip-v4"""
-    seed: int = 1
-    """seed of the network and of the environments, from 0 to 2**31 - 1"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network learns; auto takes CUDA when there is one"""
-    bf16: bool = False
-    """run the convolutional part in bfloat16: faster on processors made for it, slower on others"""
-    num_envs: int = 16
-    """environments that are played side by side (on all ranks together), from 1"""
-    num_steps: int = 5
-    """steps in each environment between two updates: the length of the return; from 1"""
-    total_timesteps: int = 10_000_000
-    """decisions in all environments together, at least one update's num_envs * num_steps"""
-    learning_rate: float = 7e-4
-    """learning rate of RMSprop, above 0"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly, to 0 at the end"""
-    rmsprop_alpha: float = 0.99
-    """decay of RMSprop's mean of squared gradients, from 0 to below 1"""
-    rmsprop_eps: float = 1e-5
-    """term in RMSprop's denominator, above 0"""
-    gamma: float = 0.99
-    """discount of a reward one step later, from 0 to 1"""
-    clip_rewards: bool = True
-    """learn from the sign of a reward; curves and scores show the game's own points"""
-    max_idle_steps: int = 1000
-    """a game ends after this many decisions without a reward, from 1; 0: it goes on"""
-    value_loss_coef: float = 0.25
-    """weight of the value loss, from 0"""
-    entropy_coef: float = 0.01
-    """weight of the entropy bonus, from 0"""
-    max_grad_norm: float = 0.5
-    """norm to which the gradient is clipped, above 0"""
-    average_decay: float = 0.99
-    """decay, per 10 updates, of the moving average of the weights that is kept; 0 to below 1"""
-    runs_dir: Path = Path("runs")
-    """folder in which the run's own folder is made"""
-    resume: Path | None = None
-    """folder of the run to go on with; a new or empty folder starts one there"""
-    checkpoint_every: int = 2000
-    """updates between two checkpoints, from 1"""
-    save_every: int = 12_500
-    """updates between two files of weights that are kept (weight_12500.pth ...), from 1"""
-    log_every: int = 100
-    """updates between two lines of output, from 1"""
+    env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
+    seed: int = 1  # seed of the network and of the environments, from 0 to 2**31 - 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
+    bf16: bool = False  # convolutions in bfloat16: faster on processors made for it alone
+    num_envs: int = 16  # environments side by side, on all ranks together, 1 or more
+    num_steps: int = 5  # steps between two updates, the length of the return, 1 or more
+    total_timesteps: int = 10_000_000  # decisions in all environments, from one update on
+    learning_rate: float = 7e-4  # learning rate of RMSprop, above 0
+    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
+    rmsprop_alpha: float = 0.99  # decay of RMSprop's mean of squared gradients, from 0 to below 1
+    rmsprop_eps: float = 1e-5  # term in RMSprop's denominator, above 0
+    gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
+    clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
+    max_idle_steps: int = 1000  # decisions without a reward that end a game; 0: none do
+    value_loss_coef: float = 0.25  # weight of the value loss, from 0
+    entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
+    max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
+    average_decay: float = 0.99  # of the kept weights, per 10 updates; from 0 to below 1
+    runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
+    resume: Path | None = None  # folder of a run to go on with, or to begin in
+    checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
+    save_every: int = 12_500  # updates between two weight_*.pth, 1 or more
+    log_every: int = 100  # updates between two lines of output, 1 or more
 
     @property
     def cuda(self) -> bool:

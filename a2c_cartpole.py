@@ -10,55 +10,44 @@
 #     "tyro==1.0.17",
 # ]
 # ///
-"""Advantage actor-critic (A2C) on CartPole: 32 poles at once, a policy and its critic.
+"""Advantage actor-critic (A2C) on CartPole: a policy learns from a critic, 32 poles at a time.
 
-One network answers two questions about each state: how much reward is still to come (the critic, V)
-and how likely each action should be (the actor, pi). 32 environments are played side by side; after
-5 steps in each, all decisions go into one gradient step, and are then forgotten. No memory is
-needed: 32 environments at 32 different moments make a random enough batch.
+One network gives two answers: V(s), the discounted return to expect from state s (the critic), and
+pi(a|s), the probability of each action (the actor). The book says: A2C uses policy iteration and
+value iteration together. 32 environments are played side by side for five steps; these decisions
+then make one gradient step and are forgotten:
 
-    R_t  = r_t + gamma * R_{t+1}     (R_t = r_t at an end; R_T = V(s_T) where the 5 steps break off)
-    A_t  = R_t - V(s_t)              (advantage: how much better it went than expected)
-    loss = 0.5 * mean A_t^2 - mean A_t * log pi(a_t | s_t) - 0.01 * mean entropy(pi(. | s_t))
+    R_t  = r_t + gamma R_{t+1}      zero after an episode ends, V(s_T) at the end of the rollout
+    A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
+    loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
-In the second term A_t is a number: no gradient flows through it. The entropy keeps the policy from
-settling too soon.
+In the first term A_t is a constant: no gradient flows through it. The entropy keeps the policy from
+settling too soon. No replay memory is needed, as the environments are at different moments.
 
-Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016, algorithm S3, made
-synchronous.
+Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016, algorithm S3, with
+its actors in step. The same loop plays Atari from pixels in a2c_breakout.py.
 
-    python a2c_cartpole.py
+    python a2c_cartpole.py                                      # train, evaluate, film
     python a2c_cartpole.py --seed 7 --num-envs 16 --num-steps 10
-    python a2c_cartpole.py --weights runs/.../weight_end.pth --eval-only
+    python a2c_cartpole.py --weights runs/.../weight_end.pth    # evaluate and film only
 
-"The book" is the Japanese textbook series whose programs this collection rebuilds. The task is the
-book's: 200 steps an episode, solved when the last episode of every environment had 196 steps or
-more, at most 5,120,000 timesteps (a timestep is one decision in one environment). The reward is the
-book's as well, not the environment's +1 a step: 0 on the way, and at the end +1 for 196 steps or
-more, -1 for fewer. Every end is terminal, the time limit too: nothing is bootstrapped from the
-state after step 200, though the pole still stands there. With other rewards that would be a
-mistake; here, reaching the limit is the goal itself.
+The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode has 200 steps
+at most; the reward is 0 on the way, and at the end +1 for 196 steps or more (a success), -1 for
+fewer. Training ends when the last episode of every environment was a success, or after 5,120,000
+timesteps. A timestep is one decision in one environment.
 
-Differs from the book:
-- The weights that are saved and evaluated are a moving average over about 40 updates, the 200 steps
-  in which the successes were won. At a learning rate of 0.01 the network changes so fast that the
-  last weights alone (--average-decay 0, the book's way) often let the pole fall. Training itself
-  never sees the average, so the task is solved after just as many episodes.
-- The environments are simulated as one batch, not in a Python loop. Such an environment resets at
-  the step after an end and ignores that action; the reset steps count neither in the loss nor as
-  timesteps. The book resets at once, so its batches always have 160 decisions, these a few less.
-- Gymnasium's API: terminated and truncated, and max_episode_steps=200 on CartPole-v1.
-- Film and evaluation are greedy, in a fresh environment.
+Differs from the book (the flag brings its way back):
+- An average of the weights is kept, as the last update can be a bad one: --average-decay 0
+- All poles are simulated in one array. Such a pole spends a step on its reset, from which nothing
+  is learnt; the book resets at once, so that its updates always have 160 decisions.
 """
 
+import copy
 import json
-import math
 import os
-import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -74,146 +63,103 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-MAX_STEPS = 200  # steps an episode at most
-SUCCESS_STEPS = 196  # an episode of this many steps or more is a success
-LOG_EVERY = 20  # updates from one TensorBoard entry of the losses to the next
-
-
-# ---- arguments and result -----------------------------------------------------
-
 
 @dataclass
 class Args:
     """Train an advantage actor-critic (A2C) on CartPole."""
 
-    seed: int = 0
-    """seed of every random generator (PyTorch, environments), 0 to 2**32 - 1"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network lives; auto takes CUDA when there is one"""
-    runs_dir: Path = Path("runs")
-    """folder in which the run's own folder is made"""
-    num_envs: int = 32
-    """environments that step side by side, 1 to 65536"""
-    num_steps: int = 5
-    """steps of each environment before an update, and the length of the return, 1 to 65536"""
-    total_timesteps: int = 5_120_000
-    """decisions, over all environments, at most (the last rollout is finished), 1 or more"""
-    learning_rate: float = 0.01
-    """step size of Adam, greater than 0"""
-    gamma: float = 0.99
-    """discount of the reward one step later, 0 to 1"""
-    hidden_size: int = 32
-    """units in each of the two hidden layers, 1 to 4096"""
-    value_loss_coef: float = 0.5
-    """weight of the value loss, 0 or more"""
-    entropy_coef: float = 0.01
-    """weight of the entropy, which keeps the policy from settling too soon, 0 or more"""
-    max_grad_norm: float = 0.5
-    """norm to which the gradient is clipped, greater than 0"""
-    average_decay: float = 0.975
-    """decay, per update, of the average that becomes the saved weights; 0 (the book) to below 1"""
-    weights: Path | None = None
-    """weights of an earlier run (weight_end.pth) to start from"""
-    eval_only: bool = False
-    """no training: evaluate and film the weights given with --weights"""
-    eval_episodes: int = 100
-    """greedy episodes in the evaluation, 1 or more"""
+    seed: int = 0  # seed of every random generator, from 0 to 2**32 - 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
+    runs_dir: Path = Path("runs")  # folder in which the run makes its own folder
+    weights: Path | None = None  # file of an earlier run to evaluate and film, without training
+    num_envs: int = 32  # environments that are played side by side, 1 or more
+    num_steps: int = 5  # steps in each environment between two updates, 1 or more
+    total_timesteps: int = 5_120_000  # decisions in all environments together at most, 1 or more
+    eval_episodes: int = 100  # greedy episodes in the evaluation, 1 or more
+    hidden_size: int = 32  # units in each of the two hidden layers, from 1 to 4096
+    learning_rate: float = 0.01  # step size of Adam, above 0
+    gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
+    value_loss_coef: float = 0.5  # weight of the value loss, from 0
+    entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
+    max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
+    average_decay: float = 0.975  # of the kept weights, per update; from 0 (the book) to below 1
+
+    def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        decisions = self.num_envs * self.num_steps  # in an update
+        for good, rule in [
+            (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
+            (self.num_envs >= 1, "--num-envs must be 1 or more"),
+            (self.num_steps >= 1, "--num-steps must be 1 or more"),
+            (decisions <= 10**7, "--num-envs times --num-steps must be 10 million at most"),
+            (self.total_timesteps >= 1, "--total-timesteps must be 1 or more"),
+            (self.eval_episodes >= 1, "--eval-episodes must be 1 or more"),
+            (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
+            (0 < self.learning_rate < np.inf, "--learning-rate must be above 0 and finite"),
+            (0 <= self.gamma <= 1, "--gamma must be from 0 to 1"),
+            (0 <= self.value_loss_coef < np.inf, "--value-loss-coef must be from 0 and finite"),
+            (0 <= self.entropy_coef < np.inf, "--entropy-coef must be from 0 and finite"),
+            (0 < self.max_grad_norm < np.inf, "--max-grad-norm must be above 0 and finite"),
+            (0 <= self.average_decay < 1, "--average-decay must be from 0 to below 1"),
+            (not self.weights or self.weights.is_file(), f"--weights: no file {self.weights}"),
+            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA here"),
+        ]:
+            if not good:
+                raise ValueError(rule)
 
 
-@dataclass
-class Result:
-    """What a run leaves in result.json."""
+# ---- environment -------------------------------------------------------------------------------
 
-    seed: int
-    seconds: float  # of training, without the evaluation and the film
-    versions: dict[str, str]
-    solved_episode: int | None  # index, from 0, of environment 0's last finished episode
-    episodes: int  # finished by environment 0
-    steps: int  # decisions, over all environments
-    steps_per_second: float
-    eval_mean: float  # steps an episode, 200 at most
-    eval_std: float
-
-
-class UserError(Exception):
-    """Something the user can put right: shown as one line, without a traceback."""
-
-
-def check(args: Args) -> None:
-    """Refuses values that make no sense (a NaN fails every comparison, so it is refused too)."""
-    for flag, good, meaning in [
-        ("--seed", 0 <= args.seed < 2**32, "from 0 to 2**32 - 1"),
-        ("--num-envs", 1 <= args.num_envs <= 65536, "from 1 to 65536"),
-        ("--num-steps", 1 <= args.num_steps <= 65536, "from 1 to 65536"),
-        ("--num-steps", args.num_envs * args.num_steps <= 10**7, "10**7 / --num-envs at most"),
-        ("--total-timesteps", args.total_timesteps >= 1, "1 or more"),
-        ("--learning-rate", 0 < args.learning_rate < math.inf, "greater than 0 and finite"),
-        ("--gamma", 0 <= args.gamma <= 1, "from 0 to 1"),
-        ("--hidden-size", 1 <= args.hidden_size <= 4096, "from 1 to 4096"),
-        ("--value-loss-coef", 0 <= args.value_loss_coef < math.inf, "0 or more and finite"),
-        ("--entropy-coef", 0 <= args.entropy_coef < math.inf, "0 or more and finite"),
-        ("--max-grad-norm", 0 < args.max_grad_norm < math.inf, "greater than 0 and finite"),
-        ("--average-decay", 0 <= args.average_decay < 1, "from 0 to below 1"),
-        ("--eval-episodes", args.eval_episodes >= 1, "1 or more"),
-    ]:
-        if not good:
-            value = getattr(args, flag[2:].replace("-", "_"))
-            raise UserError(f"{flag} must be {meaning}, not {value}")
-    if args.eval_only and args.weights is None:
-        raise UserError("--eval-only needs --weights")
-
-
-# ---- environment --------------------------------------------------------------
+MAX_STEPS = 200  # an episode ends here at the latest
+SUCCESS_STEPS = 196  # an episode of this many steps or more is a success
 
 
 def make_env(render_mode: str | None = None) -> gym.Env:
-    """CartPole with the book's 200 steps an episode: states (4,) float32, actions 0 and 1."""
+    """CartPole-v1 with the book's 200 steps: observations (4,) float32, actions 0 and 1."""
     return gym.make("CartPole-v1", max_episode_steps=MAX_STEPS, render_mode=render_mode)
 
 
 def book_rewards(steps: np.ndarray, dones: np.ndarray) -> np.ndarray:
-    """0 on the way; at the end +1 for an episode of 196 steps or more, -1 for a shorter one.
-
-    All three arrays are (num_envs,); the rewards are float32.
-    """
+    """0 on the way; at the end +1 for a success, -1 for a shorter episode. All arrays are (N,)."""
     return np.where(dones, np.where(steps >= SUCCESS_STEPS, 1.0, -1.0), 0.0).astype(np.float32)
 
 
 class CartPoles:
-    """Many CartPoles, simulated as one batch, with the book's rewards.
+    """N CartPoles, simulated in one array, with the book's rewards.
 
-    A CartPole whose episode has ended resets at its next step and ignores the action given to it
-    then. Such a step is not a decision; step() marks it, so that nothing is learnt from it.
+    Where an episode has ended, the next step is a reset: it ignores its action, its reward is 0,
+    and it is no decision. Nothing may be learnt from it.
     """
 
-    def __init__(self, num_envs: int, seed: int):
-        self.envs = gym.make_vec(
-            "CartPole-v1",
-            num_envs=num_envs,
-            vectorization_mode="vector_entry_point",
-            max_episode_steps=MAX_STEPS,
-        )
-        self.observations, _ = self.envs.reset(seed=seed)  # (num_envs, 4) float32
-        self.steps = np.zeros(num_envs, np.int64)  # of the episodes under way
-        self.dones = np.zeros(num_envs, np.bool_)  # whose episode ended at the last step
+    def __init__(self, num_envs: int):
+        vector = {"num_envs": num_envs, "vectorization_mode": "vector_entry_point"}
+        self.envs = gym.make_vec("CartPole-v1", max_episode_steps=MAX_STEPS, **vector)
+        self.steps = np.zeros(num_envs, np.int64)  # in the episodes under way
+        self.dones = np.zeros(num_envs, bool)  # where the last step ended the episode
+        self.last_lengths = np.zeros(num_envs, np.int64)  # of the last episodes that ended
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Acts, (num_envs,) int64, and returns the rewards, the ends and which were decisions.
+    def reset(self, seed: int) -> Tensor:
+        """Seeds the environments and returns their first observations, (N, 4)."""
+        observations, _ = self.envs.reset(seed=seed)
+        return torch.from_numpy(observations)
 
-        Each array is (num_envs,). The new observations and step counts stay in this object.
-        """
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Observations (N, 4), rewards (N,), ends (N,), and where a decision was made (N,)."""
         decided = ~self.dones
-        self.observations, _, terminated, truncated, _ = self.envs.step(actions)
+        observations, _, terminated, truncated, _ = self.envs.step(actions.numpy())
+        # We treat the time limit as terminal and do not bootstrap from it, since reaching it is the
+        # goal here. In most other tasks only `terminated` may cut off the next value.
         self.dones = terminated | truncated
         self.steps = np.where(decided, self.steps + 1, 0)
-        return book_rewards(self.steps, self.dones), self.dones, decided
+        self.last_lengths = np.where(self.dones, self.steps, self.last_lengths)
+        rewards = book_rewards(self.steps, self.dones)
+        return tuple(map(torch.from_numpy, (observations, rewards, self.dones, decided)))
 
 
-# ---- network ------------------------------------------------------------------
+# ---- network -----------------------------------------------------------------------------------
 
 
 class ActorCritic(nn.Module):
-    """Two answers to each observation: its value, and how likely each action should be."""
+    """One body with two heads: the critic's values and the actor's logits."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -223,72 +169,52 @@ class ActorCritic(nn.Module):
         self.actor = nn.Linear(hidden_size, 2)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """observations (batch, 4) -> values (batch,) and logits (batch, 2)."""
-        hidden = torch.relu(self.fc1(observations))  # (batch, hidden_size)
-        hidden = torch.relu(self.fc2(hidden))  # (batch, hidden_size)
+        """observations (B, 4) -> values (B,), logits (B, 2)."""
+        hidden = torch.relu(self.fc1(observations))  # (B, hidden_size)
+        hidden = torch.relu(self.fc2(hidden))  # (B, hidden_size)
         return self.critic(hidden).squeeze(-1), self.actor(hidden)
 
+    @torch.no_grad()
+    def act(self, observations: Tensor) -> Tensor:
+        """Draws an action for each environment: (N, 4) -> (N,) int64."""
+        _, logits = self(observations)  # (N, 2)
+        # multinomial breaks off at a NaN; with 1 in its place it goes on, and learn reports it.
+        probabilities = logits.softmax(-1).nan_to_num(1)  # (N, 2)
+        return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
 
-@torch.no_grad()
-def act(network: ActorCritic, observations: np.ndarray, device: torch.device) -> np.ndarray:
-    """Draws an action from the policy for each observation: (num_envs, 4) -> (num_envs,) int64."""
-    _, logits = network(torch.as_tensor(observations, device=device))  # (num_envs, 2)
-    # The argmax of p / Exp(1) is distributed as p. torch.multinomial does the same and checks its
-    # input, which costs 6% of the steps a second.
-    scores = logits.softmax(-1) / torch.empty_like(logits).exponential_()  # (num_envs, 2)
-    return scores.argmax(-1).cpu().numpy()
-
-
-@torch.no_grad()
-def greedy_action(network: ActorCritic, observation: np.ndarray, device: torch.device) -> int:
-    """The more likely action for one observation (4,)."""
-    _, logits = network(torch.as_tensor(observation, device=device))
-    return int(logits.argmax())
+    @torch.no_grad()
+    def greedy_action(self, observation: np.ndarray) -> int:
+        """The more likely action for one observation (4,)."""
+        _, logits = self(torch.from_numpy(observation).to(self.fc1.weight.device))  # (2,)
+        return logits.argmax().item()
 
 
-# ---- rollout storage ----------------------------------------------------------
+# ---- rollout storage ---------------------------------------------------------------------------
 
 
 class RolloutStorage:
-    """num_steps steps of num_envs environments, in NumPy arrays allocated once.
-
-    NumPy, because small rows go in at every step, and small sums come out: 10% more steps a second
-    than with torch tensors from the returns on.
-    """
+    """T steps of N environments. The next rollout overwrites them."""
 
     def __init__(self, num_steps: int, num_envs: int):
-        self.observations = np.zeros((num_steps, num_envs, 4), np.float32)
-        self.actions = np.zeros((num_steps, num_envs), np.int64)
-        self.rewards = np.zeros((num_steps, num_envs), np.float32)
-        self.masks = np.zeros((num_steps, num_envs), np.float32)  # 0 where an episode ended, else 1
-        self.decided = np.zeros((num_steps, num_envs), np.bool_)  # False at a reset step
-
-    def decisions(
-        self, returns: np.ndarray, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Observations (batch, 4), actions (batch,) and returns (batch,), without the reset steps.
-
-        returns is (num_steps, num_envs); batch is the number of decisions in the rollout.
-        """
-        return (
-            torch.from_numpy(self.observations[self.decided]).to(device),
-            torch.from_numpy(self.actions[self.decided]).to(device),
-            torch.from_numpy(returns[self.decided]).to(device),
-        )
+        T, N = num_steps, num_envs
+        self.observations = torch.zeros(T + 1, N, 4)  # the last one is where the rollout ended
+        self.actions = torch.zeros(T, N, dtype=torch.int64)
+        self.rewards = torch.zeros(T, N)
+        self.masks = torch.zeros(T, N)  # 0 where the step ended an episode, else 1
+        self.decided = torch.zeros(T, N, dtype=torch.bool)  # False at a reset step
 
 
-# ---- learning -----------------------------------------------------------------
+# ---- learning ----------------------------------------------------------------------------------
+
+LOG_EVERY = 20  # updates from one point of the curves to the next
 
 
-def compute_returns(
-    rewards: np.ndarray, masks: np.ndarray, last_values: np.ndarray, gamma: float
-) -> np.ndarray:
-    """R_t = r_t + gamma * mask_t * R_{t+1}; no return leaks past a mask of 0.
+def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: float) -> Tensor:
+    """R_t = r_t + gamma * mask_t * R_{t+1}, and R_T = V(s_T) (Mnih et al. 2016, algorithm S3).
 
-    rewards, masks and the result are (num_steps, num_envs); last_values (num_envs,) are those of
-    the observations after the rollout.
+    rewards, masks and the returns are (T, N), last_values (N,). A mask of 0 ends a return.
     """
-    returns, following = np.empty_like(rewards), last_values
+    returns, following = torch.empty_like(rewards), last_values
     for t in reversed(range(len(rewards))):
         following = returns[t] = rewards[t] + gamma * masks[t] * following
     return returns
@@ -297,252 +223,164 @@ def compute_returns(
 def compute_losses(
     network: ActorCritic, observations: Tensor, actions: Tensor, returns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value loss, policy loss and entropy, each the mean over a batch of decisions.
+    """Value loss, policy loss and entropy, each the mean over B decisions.
 
-    observations (batch, 4), actions (batch,) int64, returns (batch,).
+    observations (B, 4), actions (B,) int64, returns (B,) float32.
     """
     values, logits = network(observations)
-    log_probs = F.log_softmax(logits, dim=-1)  # (batch, 2)
+    log_probs = F.log_softmax(logits, dim=-1)  # (B, 2)
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-    advantages = returns - values  # (batch,)
+    advantages = returns - values  # (B,)
     value_loss = advantages.pow(2).mean()
-    action_log_probs = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (batch,)
+    action_log_probs = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B,)
     policy_loss = -(advantages.detach() * action_log_probs).mean()
     return value_loss, policy_loss, entropy
 
 
-def join_weights(network: ActorCritic) -> nn.Parameter:
-    """Moves all weights into one vector, (number of weights,); the layers keep views of it.
+def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: SummaryWriter) -> dict:
+    """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
-    Adam and the average then have one tensor to go through, not one for each weight and bias: 5%
-    more steps a second. Call it when the network is complete and on its device. The gradients are
-    views as well: set to None they would be lost, and Adam would move nothing.
+    Returns environment 0's last episode if solved, counted from 0, how many episodes it finished,
+    and the steps in all environments, for result.json. Raises ValueError if the loss is not finite.
     """
-    weights = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
-    weights.grad = torch.zeros_like(weights)
-    start = 0
-    for parameter in network.parameters():
-        end = start + parameter.numel()
-        parameter.data = weights.data[start:end].view_as(parameter)
-        parameter.grad = weights.grad[start:end].view_as(parameter)
-        start = end
-    return weights
-
-
-def learn(
-    args: Args, network: ActorCritic, device: torch.device, writer: SummaryWriter
-) -> tuple[int | None, int, int]:
-    """Trains the network in place, until it is solved or the timesteps are used up.
-
-    In the end (not after Ctrl-C) the network has the averaged weights. Returns the index (from 0)
-    of environment 0's last episode if solved, else None; the number of its episodes; the number of
-    all decisions.
-    """
-    weights = join_weights(network)
-    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, fused=True)
-    envs = CartPoles(args.num_envs, args.seed)
+    device = network.fc1.weight.device
+    envs = CartPoles(args.num_envs)
     storage = RolloutStorage(args.num_steps, args.num_envs)
-    final_steps = np.zeros(args.num_envs, np.int64)  # of each environment's last whole episode
-    last_steps: deque[int] = deque(maxlen=10)  # of environment 0's last whole episodes
-    average = weights.detach().clone()
-    episodes, timesteps, updates = 0, 0, 0
+    storage.observations[-1] = envs.reset(args.seed)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
+    lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
+    episodes, timesteps, update, start = 0, 0, 0, time.perf_counter()
     bar = tqdm(total=args.total_timesteps, unit="timestep")
-    started = time.perf_counter()
 
-    while timesteps < args.total_timesteps and final_steps.min() < SUCCESS_STEPS:
-        # 1. act and step
+    while timesteps < args.total_timesteps and envs.last_lengths.min() < SUCCESS_STEPS:
+        # 1. rollout: T steps in each of N environments, into the storage
+        storage.observations[0] = storage.observations[-1]  # goes on where the last one ended
+        ended = []  # episodes of environment 0: (timestep, length)
         for t in range(args.num_steps):
-            storage.observations[t] = envs.observations  # (num_envs, 4)
-            storage.actions[t] = act(network, envs.observations, device)  # (num_envs,)
-            storage.rewards[t], dones, storage.decided[t] = envs.step(storage.actions[t])
-            storage.masks[t] = ~dones
-            timesteps += int(storage.decided[t].sum())
-            final_steps[dones] = envs.steps[dones]
+            storage.actions[t] = network.act(storage.observations[t].to(device))
+            observations, rewards, dones, decided = envs.step(storage.actions[t])
+            storage.observations[t + 1], storage.rewards[t] = observations, rewards
+            storage.masks[t], storage.decided[t] = ~dones, decided
+            timesteps += int(decided.sum())
             if dones[0]:
-                steps = int(final_steps[0])
-                last_steps.append(steps)
-                mean = np.mean(last_steps)
-                tqdm.write(f"episode {episodes}: {steps} steps, mean of 10 {mean:.1f}")
-                writer.add_scalar("charts/episodic_length", steps, timesteps)
-                episodes += 1
+                ended.append((timesteps, int(envs.last_lengths[0])))
         if not storage.decided.any():
             continue  # one environment and one step can be a reset and nothing else
 
-        # 2. returns
+        # 2. returns: (T, N)
         with torch.no_grad():
-            last_values, _ = network(torch.as_tensor(envs.observations, device=device))
-        last_values = last_values.cpu().numpy()  # (num_envs,)
-        returns = compute_returns(storage.rewards, storage.masks, last_values, args.gamma)
+            last_values, _ = network(storage.observations[-1].to(device))  # (N,)
+        returns = compute_returns(storage.rewards, storage.masks, last_values.cpu(), args.gamma)
 
-        # 3. loss
-        batch = storage.decisions(returns, device)
-        value_loss, policy_loss, entropy = compute_losses(network, *batch)
-        loss = args.value_loss_coef * value_loss + policy_loss - args.entropy_coef * entropy
+        # 3. loss: over the batch of B decisions, T * N without the resets
+        value_loss, policy_loss, entropy = compute_losses(
+            network,
+            storage.observations[:-1][storage.decided].to(device),
+            storage.actions[storage.decided].to(device),
+            returns[storage.decided].to(device),
+        )
+        loss = policy_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
 
         # 4. update
-        weights.grad.zero_()  # and with it the gradients of all layers: see join_weights
+        optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_([weights], args.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        if not grad_norm.isfinite():
+            raise ValueError(f"update {update}: gradient not finite, lower --learning-rate")
         optimizer.step()
-        average.lerp_(weights.detach(), 1 - args.average_decay)
-        updates += 1
+        with torch.no_grad():  # the average smooths out single updates, which can tip the policy
+            for mean, weight in zip(averaged.parameters(), parameters):
+                mean.lerp_(weight, 1 - args.average_decay)
+        update += 1
 
-        # log
-        if not loss.isfinite():
-            raise UserError(f"update {updates}: the loss is not finite, lower --learning-rate")
+        # 5. log
         bar.update(timesteps - bar.n)
-        if updates % LOG_EVERY == 0:
-            writer.add_scalar("charts/SPS", timesteps / (time.perf_counter() - started), timesteps)
+        for timestep, length in ended:
+            lengths.append(length)
+            tqdm.write(f"episode {episodes}: {length} steps, mean of 10 {np.mean(lengths):.1f}")
+            writer.add_scalar("charts/episodic_length", length, timestep)
+            episodes += 1
+        if update % LOG_EVERY == 0:
+            writer.add_scalar("charts/SPS", timesteps / (time.perf_counter() - start), timesteps)
             writer.add_scalar("losses/value_loss", value_loss.item(), timesteps)
             writer.add_scalar("losses/policy_loss", policy_loss.item(), timesteps)
             writer.add_scalar("losses/entropy", entropy.item(), timesteps)
 
     bar.close()
-    weights.data.copy_(average)
-    solved = final_steps.min() >= SUCCESS_STEPS
-    return episodes - 1 if solved else None, episodes, timesteps
+    solved = episodes - 1 if envs.last_lengths.min() >= SUCCESS_STEPS else None
+    tqdm.write("Not solved." if solved is None else f"Solved in episode {solved}.")
+    return dict(solved_episode=solved, episodes=episodes, steps=timesteps)
 
 
-# ---- evaluation ---------------------------------------------------------------
+# ---- evaluation and the run --------------------------------------------------------------------
 
 
-def greedy_episode(
-    network: ActorCritic, env: gym.Env, seed: int, device: torch.device
-) -> Iterator[int]:
-    """Plays one episode without exploration; yields the number of steps so far after each step."""
-    observation, _ = env.reset(seed=seed)
-    for step in range(1, MAX_STEPS + 1):
-        action = greedy_action(network, observation, device)
-        observation, _, terminated, truncated, _ = env.step(action)
-        yield step
-        if terminated or truncated:
-            return
-
-
-def evaluate(network: ActorCritic, args: Args, device: torch.device) -> list[int]:
-    """The steps (1 to 200) of each of args.eval_episodes greedy episodes in a fresh environment."""
-    env = make_env()
-    seeds = range(args.seed + 1, args.seed + 1 + args.eval_episodes)
-    # The last number that an episode yields is the largest: its length.
-    return [max(greedy_episode(network, env, seed, device)) for seed in seeds]
-
-
-def film(network: ActorCritic, path: Path, args: Args, device: torch.device) -> None:
-    """Films the first episode of the evaluation as an MP4, at the speed of the simulation."""
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # the frames need no display
+def evaluate(network: ActorCritic, args: Args, film: Path) -> dict[str, float]:
+    """Mean and standard deviation of the steps of greedy episodes; the first one is filmed."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
     env = make_env(render_mode="rgb_array")
-    fps = env.metadata["render_fps"]  # 50
-    with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:  # keeps 600 x 400 as it is
-        for _ in greedy_episode(network, env, args.seed + 1, device):
-            video.append_data(env.render())
-    env.close()
+    env.reset(seed=2**32 + args.seed)  # one for each seed of training, and above them all
+    lengths = []
+    with imageio.get_writer(film, fps=env.metadata["render_fps"], macro_block_size=2) as video:
+        for episode in range(args.eval_episodes):
+            observation, _ = env.reset()
+            steps, done = 0, False
+            while not done:
+                action = network.greedy_action(observation)
+                observation, _, terminated, truncated, _ = env.step(action)
+                steps, done = steps + 1, terminated or truncated
+                if episode == 0:
+                    video.append_data(env.render())
+            lengths.append(steps)
+    return {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
 
 
-# ---- files --------------------------------------------------------------------
-
-
-def choose_device(name: str) -> torch.device:
-    """The device for auto, cpu or cuda; raises UserError for cuda where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def load_weights(network: ActorCritic, path: Path, device: torch.device) -> None:
-    """Fills the network from a saved state dict; raises UserError for any other file."""
-    if not os.path.isfile(path):
-        raise UserError(f"--weights: there is no file {path}")
-    try:
-        network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    except Exception:  # damaged files raise nearly anything
-        raise UserError(
-            f"--weights: {path} does not hold the weights of this network "
-            f"(--hidden-size must be the one they were trained with)"
-        ) from None
-
-
-def make_run_dir(args: Args) -> Path:
-    """Makes runs/<script>__<seed>__<time>, writes args.json into it and returns its path."""
+def train(args: Args) -> dict:
+    """A run in its own folder: args.json, curves, weight_end.pth, film.mp4; returns result.json."""
+    torch.set_num_threads(1)  # this network is too small to share
+    torch.manual_seed(args.seed)
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    network = ActorCritic(args.hidden_size).to("cuda" if cuda else "cpu")
+    if args.weights:
+        try:
+            network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise ValueError(f"--weights: cannot load {args.weights} into this network") from error
+    averaged = copy.deepcopy(network)
     name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = args.runs_dir / name
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+
+    outcome, start = {"solved_episode": None, "episodes": 0, "steps": 0}, time.perf_counter()
+    print(network)
     try:
-        run_dir.mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-    except OSError as error:
-        raise UserError(f"cannot write to {run_dir}: {error.strerror}") from None
-    return run_dir
-
-
-def versions() -> dict[str, str]:
-    """The versions a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "gymnasium": gym.__version__,
-    }
-
-
-# ---- training -----------------------------------------------------------------
-
-
-def train(args: Args) -> Result:
-    """Trains, saves the weights, evaluates and films them; the results go into the run's folder."""
-    check(args)
-    device = choose_device(args.device)
-    torch.set_num_threads(1)  # this network is too small to share: two threads are slower
-    torch.manual_seed(args.seed)
-    network = ActorCritic(args.hidden_size).to(device)
-    if args.weights is not None:
-        load_weights(network, args.weights, device)
-    run_dir = make_run_dir(args)
-    writer = SummaryWriter(run_dir)
-    tqdm.write(str(network))
-
-    solved_episode, episodes, steps = None, 0, 0
-    started = time.perf_counter()
-    try:
-        if not args.eval_only:
-            solved_episode, episodes, steps = learn(args, network, device, writer)
+        if not args.weights:
+            with SummaryWriter(run_dir) as writer:
+                outcome = learn(args, network, averaged, writer)
     finally:  # after Ctrl-C as well
-        seconds = time.perf_counter() - started
-        writer.close()
-        torch.save(network.state_dict(), run_dir / "weight_end.pth")
-        tqdm.write(f"The weights are in {run_dir}")
-
-    if solved_episode is not None:
-        tqdm.write(f"Solved: {args.num_envs} successes, episode {solved_episode} of environment 0.")
-    elif not args.eval_only:
-        tqdm.write(f"Not solved in {steps} timesteps.")
-    eval_steps = evaluate(network, args, device)
-    film(network, run_dir / "film.mp4", args, device)
-    result = Result(
-        seed=args.seed,
-        seconds=seconds,
-        versions=versions(),
-        solved_episode=solved_episode,
-        episodes=episodes,
-        steps=steps,
-        steps_per_second=steps / seconds,
-        eval_mean=float(np.mean(eval_steps)),
-        eval_std=float(np.std(eval_steps)),
-    )
-    (run_dir / "result.json").write_text(json.dumps(asdict(result), indent=2))
-    tqdm.write(
-        f"Greedy evaluation: {result.eval_mean:.1f} steps an episode "
-        f"(standard deviation {result.eval_std:.1f}, {args.eval_episodes} episodes)."
-    )
-    tqdm.write(f"Everything is in {run_dir}")
+        torch.save(averaged.state_dict(), run_dir / "weight_end.pth")
+        print(f"The weights are in {run_dir}")
+    seconds = time.perf_counter() - start
+    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
+    result = {
+        "seed": args.seed,
+        "seconds": seconds,
+        "versions": {"python": sys.version.split()[0], **versions},
+        **outcome,
+        "steps_per_second": outcome["steps"] / seconds,
+        **evaluate(averaged, args, run_dir / "film.mp4"),
+    }
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2))
+    print(f"Greedy: {result['eval_mean']:.1f} steps an episode. Everything is in {run_dir}")
     return result
 
 
 if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
-    except UserError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)

@@ -68,28 +68,17 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "a2c_breakout.pth"
 class Args:
     """Play an Atari game with a policy of a2c_breakout.py, or at random."""
 
-    weights: Path | None = None
-    """weights or a checkpoint, own or book-made; without it pretrained/a2c_breakout.pth is taken"""
-    random: bool = False
-    """show what the game looks like: at most 1000 random decisions"""
-    target_score: float = 400
-    """play lives until one scores more than this"""
-    max_attempts: int = 100
-    """lives to play at most, from 1"""
-    full_games: int | None = None
-    """whole games to play instead, from 1"""
-    greedy: bool = False
-    """take the most likely action; all attempts are alike then, and one is played"""
-    gif: bool = False
-    """film a GIF as well, in the screen's own size of 160 x 210"""
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """a game of ale-py that does not skip frames itself: <Game>NoFrameskip-v4"""
-    seed: int = 10_000
-    """seed of the first attempt or game; number i has seed + i; from 0 to 2**31 - 1"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network lives; auto takes CUDA when there is one"""
-    runs_dir: Path = Path("runs")
-    """folder in which the run's own folder is made"""
+    weights: Path | None = None  # of a run, or book-made; without it the pretrained ones
+    random: bool = False  # show what the game looks like: at most 1000 random decisions
+    target_score: float = 400  # play lives until one scores more than this
+    max_attempts: int = 100  # lives to play at most, from 1
+    full_games: int | None = None  # whole games to play instead, from 1
+    greedy: bool = False  # take the most likely action; attempts are alike then, one is played
+    gif: bool = False  # film a GIF as well, in the screen's own size of 160 x 210
+    env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
+    seed: int = 10_000  # of the first attempt or game, the next has seed + 1; from 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
+    runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         policy_flags = self.weights is not None or self.full_games is not None or self.greedy

@@ -13,19 +13,17 @@ up. The moments:
     checkpoint  as soon as its temporary file appears, and up to 30 ms later
     end         as soon as weight_end.pth or its temporary file appears, and up to 300 ms later
 
-and what is sent: SIGKILL, SIGTERM or SIGINT to the program, or SIGKILL to one of its worker
-processes (to the program itself as long as it has none). After each kill, the program and all its
-processes must be gone within a minute, the checkpoint must load, and no traceback may have been
-printed (but for that of Python itself, if Ctrl-C meets it while it is still importing: these are
-counted apart). After each run that got to its end, the weights must have the reference's hash,
-and every curve (but charts/SPS, that of the clock) its points: the same steps with the same
-values, none missing and none twice.
+and what is sent: SIGKILL, SIGTERM or SIGINT to the program, or SIGKILL to one of its actors (to
+the program itself as long as it has none). After each kill all its processes must be gone within
+a minute, the checkpoint must load and be no older than before, and no traceback may have been
+printed. After each run that got to its end, the weights must have the reference's hash, and every
+curve (but charts/SPS, that of the clock) its points: the same steps with the same values, none
+missing and none twice.
 
-One row a kill in benchmarks/results/breakout_kills.csv: update_reached is the last update that
-was logged, update_saved the one that the checkpoint holds (where the next start goes on),
-exit_code is negative where a signal ended the process, seconds are from the start to the kill,
-and from there to the end of the last process. The exit code of the benchmark is 1 if anything was
-not as it must be.
+One row a kill in benchmarks/results/breakout_kills.csv: update_reached is the last update that was
+logged, update_saved the one that the checkpoint holds (where the next start goes on), exit_code is
+negative where a signal ended the process, seconds are from the start to the kill, and from there
+to the end of the last process. The exit code is 1 if anything was not as it must be.
 """
 
 import argparse
@@ -47,43 +45,25 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_ENVS, NUM_STEPS, UPDATES = 4, 5, 300
-FLAGS = [
-    *(
-        "--num-envs",
-        NUM_ENVS,
-        "--num-steps",
-        NUM_STEPS,
-        "--total-timesteps",
-        UPDATES * NUM_ENVS * NUM_STEPS,
-    ),
-    *("--checkpoint-every", 10, "--log-every", 1, "--device", "cpu"),
-]
-MOMENTS = {  # name: (how often, the file that announces it, at most so long before the kill)
+FLAGS = "--num-envs 4 --num-steps 5 --total-timesteps 6000 --device cpu".split()  # 300 updates
+FLAGS += "--checkpoint-every 10 --log-every 1".split()
+MOMENTS = {  # name: (how often, the file that announces it, at most so many seconds later)
     "start-up": (20, None, None),  # as long as the reference took to its first step
     "training": (45, "events.*", 3.0),
-    "checkpoint": (25, "checkpoint.pth.*tmp", 0.03),
+    "checkpoint": (25, "checkpoint.pth.tmp", 0.03),
     "end": (10, "weight_end.pth*", 0.3),
 }
-SIGNALS = {"SIGKILL": 40, "SIGTERM": 20, "SIGINT": 20, "worker SIGKILL": 20}  # name: how often
+SIGNALS = {"SIGKILL": 40, "SIGTERM": 20, "SIGINT": 20, "actor SIGKILL": 20}  # name: how often
 PATIENCE = 60  # seconds
 COLUMNS = "kill run moment signal seconds update_reached update_saved exit_code".split()
 COLUMNS += ["seconds_to_end", "left_behind", "traceback"]
 
 
-# ---- processes ---------------------------------------------------------------------------------
-
-
 def start(run_dir: Path) -> subprocess.Popen:
     """Starts or resumes the run, in a session of its own: so all its processes can be found."""
-    command = [sys.executable, ROOT / "a2c_breakout.py", "--resume", run_dir, *FLAGS]
-    command = [str(word) for word in command]
-    env = {
-        **os.environ,
-        "PYTHONUNBUFFERED": "1",
-    }  # the log is to show all that came before a SIGKILL
+    command = [sys.executable, "-u", ROOT / "a2c_breakout.py", "--resume", run_dir, *FLAGS]
     with open(run_dir.with_suffix(".log"), "w") as log:
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
 def processes(session: int) -> list[int]:
@@ -111,90 +91,43 @@ def wait_until_gone(process: subprocess.Popen) -> int:
     return len(left)
 
 
-def wait_for(
-    announcement: str | None, delay: float, process: subprocess.Popen, run_dir: Path
-) -> bool:
-    """Waits for the moment to kill. Returns False if the process ends before it has come."""
-    started = time.time()
-    while announcement and not any(
-        changed_since(started, file) for file in run_dir.glob(announcement)
-    ):
-        if process.poll() is not None:
-            return False
+def wait_for(file: str | None, delay: float, process: subprocess.Popen, run_dir: Path) -> bool:
+    """Waits for a new file, and a delay. Returns False if the process ends before that."""
+    old = {path: path.stat().st_mtime for path in run_dir.glob(file or "")}
+    while file and process.poll() is None:
+        try:
+            if any(path.stat().st_mtime != old.get(path) for path in run_dir.glob(file)):
+                break
+        except FileNotFoundError:
+            pass  # it has just been renamed
         time.sleep(0.001)
     time.sleep(delay)
     return process.poll() is None
 
 
-def changed_since(moment: float, file: Path) -> bool:
-    try:
-        return file.stat().st_mtime > moment
-    except FileNotFoundError:
-        return False
-
-
-def kill(signal_name: str, process: subprocess.Popen, rng: random.Random) -> str:
-    """Sends the signal. Returns its name, which is another if there is no worker to kill."""
-    workers = [pid for pid in processes(process.pid) if pid != process.pid]
-    if signal_name == "worker SIGKILL" and workers:
-        os.kill(rng.choice(workers), signal.SIGKILL)
-        return signal_name
-    signal_name = signal_name.removeprefix("worker ")
-    process.send_signal(getattr(signal, signal_name))
-    return signal_name
-
-
-# ---- what a run leaves behind ------------------------------------------------------------------
-
-
-def weights_hash(run_dir: Path) -> str:
-    weights = torch.load(run_dir / "weight_end.pth", weights_only=True)
-    return hashlib.sha256(
-        b"".join(tensor.numpy().tobytes() for tensor in weights.values())
-    ).hexdigest()
-
-
-def read_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every point of every curve that does not depend on the clock."""
+def outcome(run_dir: Path) -> dict:
+    """What a run ends with: the hash of its weights, and each curve that knows no clock."""
+    weights = torch.load(run_dir / "weight_end.pth", weights_only=True).values()
+    ending = {"weights": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()}
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS"]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    for tag in set(events.Tags()["scalars"]) - {"charts/SPS"}:
+        ending[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return ending
 
 
-def saved_update(run_dir: Path) -> int | str:
-    """The update that the checkpoint holds, 0 if there is none, "damaged" if it cannot be read."""
+def saved_update(run_dir: Path) -> int:
+    """The update that the checkpoint holds, 0 if there is none, -1 if it cannot be read."""
     try:
         return torch.load(run_dir / "checkpoint.pth", weights_only=True)["progress"]["update"]
     except FileNotFoundError:
         return 0
-    except Exception:  # whatever it is that torch.load cannot stomach
-        return "damaged"
-
-
-def find_traceback(log: str) -> str:
-    """Whether a traceback was printed "while importing" or "while running", "" if there is none."""
-    if "Traceback" not in log:
-        return ""
-    return (
-        "while importing"
-        if "KeyboardInterrupt" in log and ", in train" not in log
-        else "while running"
-    )
-
-
-def reached_update(log: str) -> int | str:
-    """The last update that was logged, "" if there was none."""
-    logged = re.findall(r"timesteps (\d+)", log)
-    return int(logged[-1]) // (NUM_ENVS * NUM_STEPS) if logged else ""
-
-
-# ---- the benchmark -----------------------------------------------------------------------------
+    except Exception:  # whatever torch.load makes of damage
+        return -1
 
 
 def run_to_the_end(run_dir: Path) -> float:
     """Starts or resumes the run and lets it finish. Returns the seconds to the first step."""
-    started = time.monotonic()
-    process = start(run_dir)
+    started, process = time.monotonic(), start(run_dir)
     try:
         wait_for("events.*", 0, process, run_dir)
         startup = time.monotonic() - started
@@ -202,22 +135,25 @@ def run_to_the_end(run_dir: Path) -> float:
     finally:  # also when the benchmark itself is interrupted
         process.kill()
         wait_until_gone(process)
-    check_exit(process, run_dir)
+    if process.returncode:
+        raise SystemExit(f"a run that nobody killed failed:\n{run_dir.with_suffix('.log').read_text()}")
     return startup
 
 
 def kill_once(run_dir: Path, startup: float, rng: random.Random) -> dict | None:
     """Starts or resumes the run and kills it. Returns what happened, None if it ended unkilled."""
     (moment,) = rng.choices([*MOMENTS], [often for often, _, _ in MOMENTS.values()])
-    (signal_name,) = rng.choices([*SIGNALS], [*SIGNALS.values()])
-    _, announcement, longest = MOMENTS[moment]
-    started = time.monotonic()
-    process = start(run_dir)
+    (name,) = rng.choices([*SIGNALS], [*SIGNALS.values()])
+    _, file, longest = MOMENTS[moment]
+    started, process = time.monotonic(), start(run_dir)
     try:
-        if not wait_for(announcement, rng.uniform(0, longest or startup), process, run_dir):
-            check_exit(process, run_dir)
+        if not wait_for(file, rng.uniform(0, longest or startup), process, run_dir):
             return None
-        signal_name = kill(signal_name, process, rng)
+        actors = [pid for pid in processes(process.pid) if pid != process.pid]
+        if not actors:
+            name = name.removeprefix("actor ")
+        target = rng.choice(actors) if name.startswith("actor") else process.pid
+        os.kill(target, getattr(signal, name.removeprefix("actor ")))
         killed = time.monotonic()
         left_behind = wait_until_gone(process)
         gone = time.monotonic()
@@ -225,41 +161,18 @@ def kill_once(run_dir: Path, startup: float, rng: random.Random) -> dict | None:
         process.kill()
         wait_until_gone(process)
     log = run_dir.with_suffix(".log").read_text()
+    reached = re.findall(r"finished timesteps (\d+)", log)
     return {
         "moment": moment,
-        "signal": signal_name,
+        "signal": name,
         "seconds": f"{killed - started:.2f}",
-        "update_reached": reached_update(log),
+        "update_reached": int(reached[-1]) // 20 if reached else "",
         "update_saved": saved_update(run_dir),
         "exit_code": process.returncode,
         "seconds_to_end": f"{gone - killed:.2f}",
         "left_behind": left_behind,
-        "traceback": find_traceback(log),
+        "traceback": int("Traceback" in log),
     }
-
-
-def check_exit(process: subprocess.Popen, run_dir: Path) -> None:
-    if process.returncode != 0:
-        log = run_dir.with_suffix(".log").read_text()
-        raise SystemExit(
-            f"a run that nobody killed ended with {process.returncode}:\n{log[-2000:]}"
-        )
-
-
-def summarise(rows: list[dict]) -> None:
-    print(f"\n{len(rows)} kills")
-    for column in ("moment", "signal"):
-        counts = Counter(row[column] for row in rows)
-        print(f"{column}: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
-    for name in SIGNALS:
-        codes = Counter(row["exit_code"] for row in rows if row["signal"] == name)
-        listed = ", ".join(f"{code} ({n} times)" for code, n in sorted(codes.items()))
-        print(f"exit codes after {name}: {listed}")
-    importing = sum(row["traceback"] == "while importing" for row in rows)
-    print(f"tracebacks of Ctrl-C while Python was importing: {importing}")
-    seconds = [float(row["seconds_to_end"]) for row in rows]
-    median, longest = statistics.median(seconds), max(seconds)
-    print(f"from the kill to the end of the last process: {median:.2f} s, at most {longest:.2f} s")
 
 
 def main() -> None:
@@ -270,53 +183,45 @@ def main() -> None:
     args = parser.parse_args()
     # Started with a shell's &, SIGINT would be ignored, and the runs would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    rng = random.Random(args.seed)
+    rng, rows, runs, failures = random.Random(args.seed), [], 0, []
     args.results.mkdir(parents=True, exist_ok=True)
-    rows, runs, failures = [], 0, []
-
     with (
         tempfile.TemporaryDirectory() as folder,
         (args.results / "breakout_kills.csv").open("w", newline="") as file,
     ):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        reference = Path(folder) / "reference"
-        startup = run_to_the_end(reference)
-        expected_hash, expected_curves = weights_hash(reference), read_curves(reference)
-        lengths = {tag: len(points) for tag, points in expected_curves.items()}
-        print(f"reference: {startup:.1f} s to the first step, weights {expected_hash[:12]}")
-        print(f"points of its curves: {lengths}", flush=True)
-
+        startup = run_to_the_end(Path(folder) / "reference")
+        expected = outcome(Path(folder) / "reference")
+        print(f"reference: {startup:.1f} s to the first step", flush=True)
         while len(rows) < args.kills:
             run_dir, saved = Path(folder) / f"run{runs}", 0
             while len(rows) < args.kills and (row := kill_once(run_dir, startup, rng)):
-                rows.append({"kill": len(rows), "run": runs, **row})
+                rows.append({"kill": len(rows), "run": runs} | row)
                 writer.writerow(rows[-1])
                 file.flush()
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-                lost = row["update_saved"] == "damaged" or row["update_saved"] < saved
-                saved = saved if lost else row["update_saved"]
-                if lost or row["left_behind"] or row["traceback"] == "while running":
+                if row["update_saved"] < saved or row["left_behind"] or row["traceback"]:
                     log = run_dir.with_suffix(".log").read_text()
                     failures.append(f"kill {len(rows) - 1}:\n{log[-2000:]}")
-            if row:  # the kills are used up before this run is at its end
-                run_to_the_end(run_dir)
-            curves = read_curves(run_dir)
-            tags = expected_curves | curves
-            different = [tag for tag in tags if curves.get(tag) != expected_curves.get(tag)]
-            if weights_hash(run_dir) != expected_hash:
-                different.insert(0, "weights")
-            print(
-                f"run {runs} is at its end: {', '.join(different) or 'nothing'} differs", flush=True
-            )
-            failures += [f"run {runs}: {what} differs from the reference" for what in different]
+                saved = row["update_saved"]
+            run_to_the_end(run_dir)  # the rest, where the kills are used up
+            ending = outcome(run_dir)
+            different = [x for x in expected | ending if ending.get(x) != expected.get(x)]
+            print(f"run {runs}: {', '.join(different) or 'nothing'} differs", flush=True)
+            failures += [f"run {runs}: {what} differs" for what in different]
             runs += 1
 
-    summarise(rows)
-    print(f"{runs} runs to the end, weights and {len(lengths)} curves compared with the reference")
-    if failures:
-        sys.exit("FAILED\n" + "\n".join(failures))
-    print("all as it must be")
+    print(f"\n{len(rows)} kills, {runs} runs to their ends, with {len(expected) - 1} curves each")
+    counts = Counter((row["moment"], row["signal"]) for row in rows)
+    for moment in MOMENTS:
+        print(f"{moment}: " + ", ".join(f"{name} {counts[moment, name]}" for name in SIGNALS))
+    for name in SIGNALS:
+        codes = Counter(row["exit_code"] for row in rows if row["signal"] == name)
+        print(f"exit codes after {name}, and how often: {dict(codes)}")
+    seconds = [float(row["seconds_to_end"]) for row in rows]
+    print(f"to the last process's end: median {statistics.median(seconds)} s, max {max(seconds)} s")
+    sys.exit("FAILED\n" + "\n".join(failures) if failures else "all as it must be" and 0)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The memory of a2c_breakout.py while it trains: resident size of the process and of its workers. Linux only.
+"""The resident memory of a2c_breakout.py and of its actors while it trains. Linux only.
 
-    python benchmarks/breakout_memory.py                                              # 200,000 timesteps
-    python benchmarks/breakout_memory.py --resume runs/default_seed1                  # any flags of the script
+    python benchmarks/breakout_memory.py                             # 200,000 timesteps
+    python benchmarks/breakout_memory.py --resume runs/long          # any flags of the script
 
-At each line that the script prints, the resident sizes go into benchmarks/results/breakout_memory.csv, in MB. The
-summary compares the medians of the three rows around timestep 20,000 and of the last three: single rows differ by the
-15 MB that a gradient step takes and gives back.
+At each line that the script prints, the sizes go into benchmarks/results/breakout_memory.csv, in
+MB. The summary compares the medians of the three rows around timestep 20,000 and of the last
+three: single rows differ by the 15 MB that a gradient step takes and gives back.
 """
 
 import csv
@@ -24,12 +24,12 @@ def resident_megabytes(pid: int) -> float:
 
 
 def summary(rows: list[list]) -> None:
-    middle = next(i for i, row in enumerate(rows) if row[0] >= 20_000)
+    middle = next((i for i, row in enumerate(rows) if row[0] >= 20_000), 1)
     early, late = rows[middle - 1 : middle + 2], rows[-3:]
-    for column, name in ((1, "process"), (2, "workers")):
+    for column, name in ((1, "process"), (2, "actors")):
         before, after = (statistics.median(row[column] for row in part) for part in (early, late))
-        print(f"{name}: {before} MB around {rows[middle][0]} timesteps, {after} MB at {rows[-1][0]}, "
-              f"{after / before - 1:+.1%}")  # fmt: skip
+        print(f"{name}: {before} MB around {rows[middle][0]} timesteps, {after} MB at "
+              f"{rows[-1][0]}, {after / before - 1:+.1%}")  # fmt: skip
 
 
 def main() -> None:
@@ -41,13 +41,14 @@ def main() -> None:
         print(line, end="", flush=True)
         if line.startswith("finished timesteps"):
             timestep = int(line.split()[2].rstrip(","))
-            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            sizes = [resident_megabytes(process.pid), sum(map(resident_megabytes, workers))]
+            actors = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            sizes = [resident_megabytes(process.pid), sum(map(resident_megabytes, actors))]
             rows.append([timestep, *(round(size, 1) for size in sizes)])
+    if process.wait():
+        sys.exit(process.returncode)
     with open(RESULT, "w", newline="") as file:
-        csv.writer(file).writerows([["timestep", "process_mb", "workers_mb"], *rows])
+        csv.writer(file).writerows([["timestep", "process_mb", "actors_mb"], *rows])
     summary(rows)
-    sys.exit(process.wait())
 
 
 if __name__ == "__main__":

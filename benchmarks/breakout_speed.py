@@ -1,35 +1,32 @@
 """Times a2c_breakout.py against the A2C of Stable-Baselines3 2.9.2, and shows where its time goes.
 
-    python benchmarks/breakout_speed.py                                  # 3 rounds, some 10 minutes
-    python benchmarks/breakout_speed.py --rounds 5 --timesteps 100000
+    python benchmarks/breakout_speed.py                                  # 5 rounds, some 8 minutes
     python benchmarks/breakout_speed.py --rounds 1 --timesteps 2000 --results trial
 
 Both play BreakoutNoFrameskip-v4 in 16 environments, on the CPU, with one thread of PyTorch for
 each core. Stable-Baselines3 runs as its rl-baselines3-zoo does for Atari: make_atari_env,
 SubprocVecEnv, a stack of 4 frames, CnnPolicy, RMSpropTFLike with eps 1e-5, entropy 0.01, value
-loss 0.25, no curves written. a2c_breakout.py runs as a user starts it, curves and weights and
-all. The first run makes a virtual environment for Stable-Baselines3 in runs/cache/sb3, with the
-pins of requirements.txt.
+loss 0.25, no curves written. a2c_breakout.py runs as a user starts it, curves and weights and all.
 
-The programs take turns, each a process of its own, so that a busy moment of the machine meets
+The programs take turns, each in a process of its own, so that a busy moment of the machine meets
 them all; each reports its own timesteps a second, without its start-up. What counts is the median
 over the rounds of the ratio to Stable-Baselines3 in the same round. In every round there are also
 
-- a2c_breakout.py with a stopwatch in it: the shares of the emulator, of the acting passes (with
-  the sixth, for the last value, and the returns), of the update, and of all the rest;
-- the emulator alone (the 16 environments in their worker processes, random actions) and the
-  network alone (6 acting passes and an update on random frames), both with all cores. One after
-  the other and with no other work they would reach 1 / (1/emulator + 1/network): the bound. What
-  a2c_breakout.py reaches of it, in the same round, shows how much its loop costs.
+- a2c_breakout.py with a stopwatch in it: the shares of acting, emulators (with their wrappers),
+  waiting for the slower actor, update and the rest;
+- the raw emulator, four times ale.act per decision on all cores, and the bare network, 6 acting
+  passes and an update on random frames. One after the other and with nothing around them they
+  would make 1 / (1/emulator + 1/network) steps a second: what the machine allows.
 
-With --bf16, which is on by default where the processor has bfloat16 instructions, all that is
-about a2c_breakout.py is done with its --bf16 too. One row a program and round in
-benchmarks/results/breakout_speed.csv.
+With --bf16 a2c_breakout.py and the network run in bfloat16 too. The first run makes a virtual
+environment for Stable-Baselines3 in runs/cache/sb3 (or --sb3-python names one that has it). A row
+a program and round goes to benchmarks/results/breakout_speed.csv.
 """
 
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -37,25 +34,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
-from itertools import product
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 ENV_ID, NUM_ENVS, NUM_STEPS = "BreakoutNoFrameskip-v4", 16, 5
 CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-SB3, OURS = "stable-baselines3", "a2c_breakout.py"
-PARTS = ["emulator", "acting", "update", "rest"]
+PARTS = ["acting", "emulators", "waiting", "update", "rest"]
 
 
-# ---- what is timed: each of these is called in a process of its own ----------------------------
+# ---- what is timed, each in a process of its own -------------------------------
 
 
 def time_sb3(timesteps: int, bf16: bool) -> dict:
     """Stable-Baselines3, from the first step to the last, in its own virtual environment."""
-    import ale_py
-    import gymnasium
     import stable_baselines3
     import torch
     from stable_baselines3 import A2C
@@ -76,115 +69,125 @@ def time_sb3(timesteps: int, bf16: bool) -> dict:
 
     torch.set_num_threads(CORES)
     env_id = f"ale_py:{ENV_ID}"  # each of its processes has to import ale_py to know the game
-    envs = make_atari_env(env_id, NUM_ENVS, seed=1, vec_env_cls=SubprocVecEnv)
-    envs = VecFrameStack(envs, n_stack=4)
+    envs = VecFrameStack(make_atari_env(env_id, NUM_ENVS, 1, vec_env_cls=SubprocVecEnv), 4)
     optimizer = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}}
     coefficients = {"ent_coef": 0.01, "vf_coef": 0.25}
     model = A2C("CnnPolicy", envs, policy_kwargs=optimizer, **coefficients, device="cpu", seed=1)
     clock = Clock()
     model.learn(timesteps, callback=clock)
     envs.close()
-    modules = (stable_baselines3, gymnasium, ale_py, torch)
-    versions = {module.__name__: module.__version__ for module in modules}
-    return {"steps_per_second": model.num_timesteps / clock.seconds, "versions": versions}
+    version = f"stable_baselines3 {stable_baselines3.__version__}, torch {torch.__version__}"
+    return {"steps_per_second": model.num_timesteps / clock.seconds, "version": version}
 
 
 def time_ours(timesteps: int, bf16: bool) -> dict:
     """a2c_breakout.py as a user starts it; it measures its own time."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            "--total-timesteps",
-            timesteps,
-            "--num-envs",
-            NUM_ENVS,
-            "--device",
-            "cpu",
-            "--runs-dir",
-            folder,
-        ]
-        command = [sys.executable, ROOT / "a2c_breakout.py", *flags, *["--bf16"][:bf16]]
-        subprocess.run([str(word) for word in command], stdout=subprocess.DEVNULL, check=True)
-        (result,) = Path(folder).glob("*/result.json")
-        return json.loads(result.read_text())
+        command = f"{ROOT / 'a2c_breakout.py'} --num-envs {NUM_ENVS} --device cpu".split()
+        command += ["--total-timesteps", str(timesteps), "--runs-dir", folder]
+        command = [sys.executable, *command, *["--bf16"][:bf16]]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        [result] = Path(folder).glob("*/result.json")
+        return {"steps_per_second": json.loads(result.read_text())["steps_per_second"]}
 
 
 def time_parts(timesteps: int, bf16: bool) -> dict:
-    """a2c_breakout.py again, with a stopwatch around the calls in its loop."""
+    """a2c_breakout.py again, with stopwatches in the actors and around the learner's calls."""
     import a2c_breakout
-    import torch
 
-    seconds, last = dict.fromkeys(PARTS, 0.0), None
+    seconds = dict.fromkeys(["act", "rollout", "told", "learn"], 0.0)
 
-    def lap(part: str) -> None:  # the time since the last lap belongs to this part
-        nonlocal last
-        now = time.perf_counter()
-        seconds[part] += 0 if last is None else now - last
-        last = now
-
-    def watch(owner, name: str, before: str, after: str) -> None:
-        function = getattr(owner, name)
-
+    def watch(name: str, function):
         def watched(*args, **kwargs):
-            lap(before)
+            started = time.perf_counter()
             result = function(*args, **kwargs)
-            lap(after)
+            seconds[name] += time.perf_counter() - started
             return result
 
-        setattr(owner, name, watched)
+        return watched
 
-    watch(a2c_breakout, "act", "rest", "acting")
-    watch(a2c_breakout.ParallelEnvs, "step", "rest", "emulator")
-    watch(a2c_breakout, "compute_losses", "acting", "update")
-    watch(torch.optim.RMSprop, "step", "update", "update")
+    class TimedActor(a2c_breakout.Actor):  # in the actors' processes
+        act = watch("act", a2c_breakout.Actor.act)
+        rollout = watch("rollout", a2c_breakout.Actor.rollout)
+
+        def times(self):
+            return [(seconds["act"], seconds["rollout"])]
+
+    start_actors, spent = a2c_breakout.start_actors, []
+
+    @contextmanager
+    def start_timed_actors(*args):
+        with start_actors(*args) as tell:
+            timed = watch("told", tell)
+
+            def tell_timed(method, *arguments):
+                return (timed if method == "rollout" else tell)(method, *arguments)
+
+            yield tell_timed
+            spent.extend(tell("times"))
+
+    a2c_breakout.Actor, a2c_breakout.start_actors = TimedActor, start_timed_actors
+    update_calls = {"compute_losses": a2c_breakout, "clip_grad_norm_": a2c_breakout.nn.utils}
+    update_calls |= {"backward": a2c_breakout.Tensor, "step": a2c_breakout.torch.optim.RMSprop}
+    for name, owner in update_calls.items():
+        seconds[name] = 0.0
+        setattr(owner, name, watch(name, getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        flags = {"total_timesteps": timesteps, "num_envs": NUM_ENVS, "device": "cpu", "bf16": bf16}
-        a2c_breakout.train(a2c_breakout.Args(**flags, runs_dir=Path(folder)))
-    total = sum(seconds.values())
-    return {"steps_per_second": timesteps / total} | {part: seconds[part] / total for part in PARTS}
+        args = a2c_breakout.Args(total_timesteps=timesteps, num_envs=NUM_ENVS, device="cpu",
+                                 bf16=bf16, runs_dir=Path(folder))  # fmt: skip
+        total = a2c_breakout.train(args)["seconds"]
+    acting = statistics.mean(act for act, _ in spent)
+    playing = statistics.mean(rollout for _, rollout in spent)
+    update = sum(seconds[name] for name in update_calls)
+    parts = [acting, playing - acting, seconds["told"] - playing, update]
+    shares = [part / total for part in [*parts, total - seconds["told"] - update]]
+    return {"steps_per_second": timesteps / total} | dict(zip(PARTS, shares))
 
 
-def time_bare_emulator(timesteps: int, bf16: bool) -> dict:
-    """Nothing but steps of the environments, in a2c_breakout's worker processes."""
-    import a2c_breakout
-    import torch
+def act_raw(decisions: int) -> float:
+    """Seconds that so many decisions of the bare emulator take, games started anew included."""
+    import ale_py
 
-    storage = a2c_breakout.RolloutStorage(NUM_STEPS, NUM_ENVS)
-    generator = torch.Generator().manual_seed(1)
-    rollouts = timesteps // (NUM_STEPS * NUM_ENVS)
-    with a2c_breakout.ParallelEnvs(storage, ENV_ID, 1, CORES) as envs:
-        envs.wait()
-        started = time.perf_counter()
-        for _ in range(rollouts):
-            storage.actions[:] = torch.randint(4, (NUM_STEPS, NUM_ENVS), generator=generator)
-            for t in range(NUM_STEPS):
-                envs.step(t)
-        return {
-            "steps_per_second": rollouts * NUM_STEPS * NUM_ENVS / (time.perf_counter() - started)
-        }
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    ale = ale_py.ALEInterface()
+    ale.setFloat("repeat_action_probability", 0.0)
+    ale.loadROM(ale_py.roms.get_rom_path("breakout"))
+    actions = ale.getMinimalActionSet()
+    started = time.perf_counter()
+    for decision in range(decisions):
+        for _ in range(4):
+            ale.act(actions[decision // 3 % len(actions)])
+        if ale.game_over():
+            ale.reset_game()
+    return time.perf_counter() - started
+
+
+def time_raw_emulator(timesteps: int, bf16: bool) -> dict:
+    with multiprocessing.Pool(CORES) as pool:
+        seconds = pool.map(act_raw, [timesteps // CORES] * CORES, chunksize=1)
+    return {"steps_per_second": timesteps / max(seconds)}
 
 
 def time_bare_network(timesteps: int, bf16: bool) -> dict:
-    """Nothing but the network: NUM_STEPS + 1 acting passes and an update, over and over."""
-    import a2c_breakout
+    """Nothing but NUM_STEPS + 1 acting passes and an update, over and over."""
+    import a2c_breakout as a2c
     import torch
 
     torch.set_num_threads(CORES)
-    generator = torch.Generator().manual_seed(1)
-    frames = torch.randint(256, (NUM_STEPS + 1, NUM_ENVS, 84, 84, 4), generator=generator).to(
-        torch.uint8
-    )
-    actions = torch.randint(4, (NUM_STEPS * NUM_ENVS,), generator=generator)
-    returns = torch.randn(NUM_STEPS * NUM_ENVS, generator=generator)
-    network = a2c_breakout.ActorCritic(4, bf16)
+    frames = torch.randint(256, (NUM_STEPS + 1, NUM_ENVS, 84, 84, 4), dtype=torch.uint8)
+    frames = frames.permute(0, 1, 4, 2, 3)
+    actions = torch.randint(4, (NUM_STEPS * NUM_ENVS,))
+    returns = torch.randn(NUM_STEPS * NUM_ENVS)
+    network = a2c.ActorCritic(4, bf16)
     optimizer = torch.optim.RMSprop(network.parameters(), 7e-4, 0.99, 1e-5)
     updates = timesteps // (NUM_STEPS * NUM_ENVS)
     for update in range(-2, updates):
         if update == 0:  # the first two only warm up
             started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.no_grad():
             for t in range(NUM_STEPS + 1):
-                a2c_breakout.act(network, frames[t], generator)
-        losses = a2c_breakout.compute_losses(network, frames[:-1].flatten(0, 1), actions, returns)
+                network(frames[t])
+        losses = a2c.compute_losses(network, frames[:-1].flatten(0, 1), actions, returns)
         optimizer.zero_grad()
         sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
@@ -193,133 +196,88 @@ def time_bare_network(timesteps: int, bf16: bool) -> dict:
 
 
 PROGRAMS = {
-    SB3: time_sb3,
-    OURS: time_ours,
-    "with a stopwatch": time_parts,
-    "bare emulator": time_bare_emulator,
+    "stable-baselines3": time_sb3,
+    "a2c_breakout.py": time_ours,
+    "with stopwatches": time_parts,
+    "raw emulator": time_raw_emulator,
     "bare network": time_bare_network,
 }
 
 
-# ---- the rounds --------------------------------------------------------------------------------
+# ---- the rounds ----------------------------------------------------------------
 
 
 def install_sb3() -> Path:
     """Makes the virtual environment, or finds it complete. Returns its Python."""
     folder = ROOT / "runs" / "cache" / "sb3"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    pins = re.sub(r"\[.*?\]", "", (ROOT / "requirements.txt").read_text()).split()
-    torch, *others = [
-        pin for pin in pins if re.match("(torch|ale-py|gymnasium|numpy|opencv-python)==", pin)
-    ]
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pins = re.sub(r"\[.*?\]", "", (ROOT / "requirements.txt").read_text()).split()
+    torch, *others = [pin for pin in pins if re.match("(torch|ale-py|numpy|opencv-python)=", pin)]
     # PyTorch comes first, so that the others cannot choose another one.
     for packages in ([torch], ["stable-baselines3==2.9.2", *others]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 
 
-def measure(program: str, timesteps: int, bf16: bool, python: Path | str = sys.executable) -> dict:
+def measure(program: str, args: argparse.Namespace) -> dict:
     """Calls one of PROGRAMS in a fresh process; the last line that it prints is the result."""
-    command = [
-        python,
-        __file__,
-        "--program",
-        program,
-        "--timesteps",
-        str(timesteps),
-        "--bf16" if bf16 else "--no-bf16",
-    ]
+    python = args.sb3_python if program == "stable-baselines3" else sys.executable
+    command = [python, __file__, "--program", program, "--timesteps", str(args.timesteps)]
+    command += ["--bf16"] if args.bf16 else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{program} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself: without that, PyTorch emulates it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and bool(
-        re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text())
-    )
-
-
-def report(rows: list[dict], bf16: bool) -> None:
+def report(rows: list[dict], rounds: int) -> None:
     """Medians over the rounds, and medians of the ratios within a round."""
-    speeds = {
-        (row["round"], row["program"]): row["steps_per_second"]
-        for row in rows
-        if row["bf16"] == bf16
-    }
-    speeds |= {
-        (row["round"], SB3): row["steps_per_second"] for row in rows if row["program"] == SB3
-    }
-    rounds = sorted({number for number, _ in speeds})
-    bounds = [1 / (1 / speeds[n, "bare emulator"] + 1 / speeds[n, "bare network"]) for n in rounds]
-    shares = {
-        part: [row[part] for row in rows if row["bf16"] == bf16 and part in row] for part in PARTS
-    }
-
-    precision = "bfloat16" if bf16 else "float32"
-    print(f"\n{precision}, {len(rounds)} rounds, {CORES} cores, medians in steps/s:")
+    speed = {(row["round"], row["program"]): row["steps_per_second"] for row in rows}
+    print(f"\n{rounds} rounds, {CORES} cores, medians in steps/s:")
     for program in PROGRAMS:
-        print(f"  {program:20} {statistics.median(speeds[n, program] for n in rounds):6.0f}")
-    print(f"  {'bound':20} {statistics.median(bounds):6.0f}")
-    ratios = [speeds[n, OURS] / speeds[n, SB3] for n in rounds]
-    print(f"{OURS} is {statistics.median(ratios):.2f} times as fast as {SB3} "
-          f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})")  # fmt: skip
-    of_bound = [speeds[n, OURS] / bound for n, bound in zip(rounds, bounds)]
-    print(f"and reaches {statistics.median(of_bound):.2f} of the bound")
-    print(
-        "its time goes to: "
-        + ", ".join(f"{part} {statistics.median(shares[part]):.0%}" for part in PARTS)
-    )
+        print(f"  {program:18} {statistics.median(speed[n, program] for n in range(rounds)):6.0f}")
+    ours = [speed[n, "a2c_breakout.py"] for n in range(rounds)]
+    ratios = [ours[n] / speed[n, "stable-baselines3"] for n in range(rounds)]
+    shares = [ours[n] * (1 / speed[n, "raw emulator"] + 1 / speed[n, "bare network"])
+              for n in range(rounds)]  # fmt: skip
+    for what, values in [("times Stable-Baselines3", ratios), ("of what is possible", shares)]:
+        every = ", ".join(f"{value:.2f}" for value in values)
+        print(f"a2c_breakout.py makes {statistics.median(values):.2f} {what} ({every})")
+    for part in PARTS:
+        share = statistics.median(row[part] for row in rows if part in row)
+        print(f"  {part:10} {share:4.0%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timesteps", type=int, default=40_000, help="of each run")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--timesteps", type=int, default=16_000, help="of each run")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--sb3-python", help="a Python that has stable-baselines3 2.9.2")
     parser.add_argument("--program", choices=PROGRAMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.program:
         print(json.dumps(PROGRAMS[args.program](args.timesteps, args.bf16)))
         return
 
-    if not has_bf16():
-        print(
-            "This processor has no instructions for bfloat16: training with it is 10 times slower."
-        )
-        print(
-            "It is measured all the same." if args.bf16 else "It is left out (--bf16 measures it)."
-        )
-    sb3_python = install_sb3()
+    args.sb3_python = args.sb3_python or install_sb3()
     args.results.mkdir(parents=True, exist_ok=True)
-    precisions = (False, True) if args.bf16 else (False,)
-    rows = []
-    with (args.results / "breakout_speed.csv").open("w", newline="") as file:
-        columns = ["round", "program", "bf16", "steps_per_second", *PARTS, "versions"]
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+    path, rows = args.results / f"breakout_speed{'_bf16' * args.bf16}.csv", []
+    with path.open("w", newline="") as file:
+        columns = ["round", "program", "steps_per_second", *PARTS, "version"]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for number in range(args.rounds):
-            for program, bf16 in [
-                (SB3, False),
-                *product([p for p in PROGRAMS if p != SB3], precisions),
-            ]:
-                python = sb3_python if program == SB3 else sys.executable
-                row = measure(program, args.timesteps, bf16, python)
-                rows.append({"round": number, "program": program, "bf16": bf16, **row})
+            for program in PROGRAMS:
+                rows.append({"round": number, "program": program} | measure(program, args))
                 writer.writerow(rows[-1])
                 file.flush()
-                name = f"{program} --bf16" if bf16 else program
-                print(f"round {number}: {name}, {row['steps_per_second']:.0f} steps/s", flush=True)
-    for row in rows[:2]:
-        print(f"{row['program']}: {row['versions']}")
-    for bf16 in precisions:
-        report(rows, bf16)
+                speed = rows[-1]["steps_per_second"]
+                print(f"round {number}: {program}, {speed:.0f} steps/s", flush=True)
+    report(rows, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,59 +1,72 @@
-"""Tests of a2c_breakout.py under torchrun: two ranks on this machine, talking over gloo."""
+"""a2c_breakout.py under torchrun: two ranks on this machine, talking over gloo."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
-from test_a2c_breakout import children, gone
+from test_a2c_breakout import SCRIPT, children, gone, points, two_actors  # noqa: F401
+from test_a2c_breakout_resume import SHORT, stop_at, train, update_of
 
-import a2c_breakout as a2c
-
-SCRIPT = Path(a2c.__file__)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def torchrun(*command, timeout=200):
-    return subprocess.run([*TORCHRUN, *map(str, command)], capture_output=True, text=True, timeout=timeout)
+def torchrun(*command):
+    command = [*TORCHRUN, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def test_two_ranks_keep_the_same_parameters(tmp_path):
-    """Every rank writes down the network it ends with."""
+def test_two_ranks_make_the_run_of_one_process(tmp_path, monkeypatch):
+    """Begun by two ranks, gone on with by one process, ended by two: equal up to rounding.
+
+    The first two stop because one of them gets Ctrl-C. Each rank notes the network it ends with.
+    """
     (tmp_path / "spy.py").write_text(f"""
-import sys
+import os, signal, sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import torch
 import a2c_breakout as a2c
-networks = []
-class Spy(a2c.ActorCritic):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        networks.append(self)
-a2c.ActorCritic = Spy
-result = a2c.train(a2c.parse_args(["--num-envs", "6", "--total-timesteps", "600", "--resume", {str(tmp_path / "run")!r}]))
-torch.save(networks[0].state_dict(), f"{tmp_path}/rank{{a2c.RANK}}.pth")
+learn, losses, calls, stop_at, flags = a2c.learn, a2c.compute_losses, [], int(sys.argv[1]), sys.argv[2:]
+def spied_learn(args, network, *rest):
+    learn(args, network, *rest)
+    torch.save(network.state_dict(), f"{tmp_path}/rank{{a2c.RANK}}.pth")
+def interrupted(*arguments):
+    calls.append(arguments)
+    if len(calls) == stop_at and a2c.RANK == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+    return losses(*arguments)
+a2c.learn, a2c.compute_losses = spied_learn, interrupted
+a2c.train(a2c.parse_args([*flags, "--resume", {str(tmp_path / "run")!r}]))
 """)
-    process = torchrun(tmp_path / "spy.py")
-    assert process.returncode == 0, process.stderr
-    ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2)]
-    saved = torch.load(tmp_path / "run" / "weight_end.pth", weights_only=True)
-    start = torch.load(tmp_path / "run" / "weight_0.pth", weights_only=True)
-    for name in saved:
-        assert torch.equal(ranks[0][name], ranks[1][name]) and torch.equal(ranks[0][name], saved[name])
-    assert not torch.equal(saved["actor.weight"], start["actor.weight"])
-    assert process.stdout.count("finished timesteps") == 1 and process.stdout.count("Everything is in") == 1
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
-    first, second = checkpoint["ranks"]
-    assert len(first["envs"]) == len(second["envs"]) == 3
-    states = [env["noop_generator"]["state"]["state"] for env in first["envs"] + second["envs"]]
-    assert len(set(states)) == 6  # six environments, six seeds
-    assert not torch.equal(first["generator"], second["generator"])
+    first = torchrun(tmp_path / "spy.py", 5, *SHORT)
+    assert first.returncode == 0, first.stderr
+    assert update_of(tmp_path / "run") == 5
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        train(tmp_path / "run")
+    assert update_of(tmp_path / "run") == 12
+    last = torchrun(tmp_path / "spy.py", 0)
+    assert last.returncode == 0, last.stderr
+    assert last.stdout.count("Everything is in") == last.stdout.count("not bit for bit") == 1
+    assert update_of(tmp_path / "run") == 20
 
-    again = subprocess.run([sys.executable, str(SCRIPT), "--resume", str(tmp_path / "run")], capture_output=True, text=True)
-    assert again.returncode == 1 and "2 ranks, not of 1" in again.stderr
+    train(tmp_path / "one_go", *SHORT)
+    expected, checkpoint = (
+        torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
+        for name in ("one_go", "run")
+    )
+    ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2)]
+    for name, weight in expected["network"].items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        assert torch.equal(ranks[0][name], checkpoint["network"][name])
+        assert torch.allclose(weight, ranks[0][name], atol=1e-4)
+    for mine, other in zip(checkpoint["envs"], expected["envs"], strict=True):
+        assert torch.equal(mine["frames"], other["frames"]) and mine["game"] == other["game"]
+        assert mine["generator"] == other["generator"]
+    lengths = [points(tmp_path / name, "charts/episodic_length") for name in ("run", "one_go")]
+    assert lengths[0] == lengths[1]
 
 
 def test_the_averaged_gradient_is_that_of_the_joined_batch(tmp_path):
@@ -66,20 +79,18 @@ a2c.dist.init_process_group()
 torch.manual_seed(0)
 network = a2c.ActorCritic(4)
 torch.nn.init.normal_(network.actor.weight, std=0.1)
-observations = torch.randint(0, 256, (8, 84, 84, 4), dtype=torch.uint8)
+observations = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
 actions, returns = torch.randint(0, 4, (8,)), torch.randn(8)
 def gradients(share):
-    network.zero_grad()
-    value_loss, policy_loss, entropy = a2c.compute_losses(network, observations[share], actions[share], returns[share])
-    (0.5 * value_loss + policy_loss - 0.01 * entropy).backward()
-parameters = list(network.parameters())
-gradients(slice(4 * a2c.RANK, 4 * a2c.RANK + 4))
-assert a2c.average_gradients(parameters, stop=a2c.RANK == 1) is True  # one rank was asked to stop: both know
-averaged = [parameter.grad.clone() for parameter in parameters]
-gradients(slice(None))
-for parameter, mean in zip(parameters, averaged):
-    assert (parameter.grad - mean).norm() <= 1e-5 * mean.norm(), parameter.shape
-assert a2c.average_gradients(parameters, stop=False) is False
+    batch = observations[share], actions[share], returns[share]
+    value_loss, policy_loss, entropy = a2c.compute_losses(network, *batch)
+    loss = 0.5 * value_loss + policy_loss - 0.01 * entropy
+    return list(torch.autograd.grad(loss, list(network.parameters())))
+means, stop = gradients(slice(4 * a2c.RANK, 4 * a2c.RANK + 4)), torch.tensor(float(a2c.RANK))
+a2c.average_over_ranks([stop, *means])
+assert stop == 0.5 and a2c.gather("ab"[a2c.RANK]) == ["a", "b"]
+for whole, mean in zip(gradients(slice(None)), means):
+    assert (whole - mean).norm() <= 1e-5 * mean.norm(), whole.shape
 a2c.dist.destroy_process_group()
 """)
     process = torchrun(tmp_path / "gradient.py")
@@ -88,22 +99,24 @@ a2c.dist.destroy_process_group()
 
 def test_environments_that_do_not_divide_are_refused(tmp_path):
     process = torchrun(SCRIPT, "--num-envs", 5, "--runs-dir", tmp_path / "runs")
-    assert process.returncode != 0 and "--num-envs must be a multiple of 2, the number of ranks, not 5" in process.stderr
-    assert not (tmp_path / "runs").exists()
+    assert process.returncode != 0 and not (tmp_path / "runs").exists()
+    assert "--num-envs must be a multiple of 2, the ranks, not 5" in process.stderr
 
 
 def test_one_rank_dying_ends_all_and_the_run_can_go_on(tmp_path):
-    flags = ["--num-envs", "4", "--checkpoint-every", "5", "--resume", str(tmp_path / "run")]
-    process = subprocess.Popen([*TORCHRUN, str(SCRIPT), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = ["--num-envs", "4", "--checkpoint-every", "5", "--no-anneal-lr"]
+    flags += ["--resume", str(tmp_path / "run")]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*TORCHRUN, str(SCRIPT), *flags], **quiet)
     deadline = time.time() + 120
     while not (tmp_path / "run" / "checkpoint.pth").exists() and time.time() < deadline:
         time.sleep(0.1)
     ranks = children(process.pid)
-    workers = [worker for rank in ranks for worker in children(rank)]
-    assert len(ranks) == 2 and len(workers) >= 2
+    actors = [actor for rank in ranks for actor in children(rank)]
+    assert len(ranks) == 2 and len(actors) >= 2
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(timeout=60) != 0
-    assert gone(ranks + workers)
-    update = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["progress"]["update"]
+    assert gone(ranks + actors)
+    update = update_of(tmp_path / "run")
     assert update % 5 == 0
-    assert torchrun(SCRIPT, *flags, "--total-timesteps", 20 * (update + 5)).returncode == 0
+    train(tmp_path / "run", "--total-timesteps", 20 * (update + 5))

@@ -13,19 +13,16 @@
 """Advantage actor-critic (A2C) on CartPole: a policy learns from a critic, 32 poles at a time.
 
 One network gives two answers: V(s), the discounted return to expect from state s (the critic), and
-pi(a|s), the probability of each action (the actor). The book says: A2C uses policy iteration and
-value iteration together. 32 environments are played side by side for five steps; these decisions
-then make one gradient step and are forgotten:
+pi(a|s), the probability of each action (the actor). A2C, says the book, uses policy iteration and
+value iteration together. Five steps in 32 environments make one update and are then forgotten:
 
     R_t  = r_t + gamma R_{t+1}      zero after an episode ends, V(s_T) at the end of the rollout
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
 In the first term A_t is a constant: no gradient flows through it. The entropy keeps the policy from
-settling too soon. No replay memory is needed, as the environments are at different moments.
-
-Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016, algorithm S3, with
-its actors in step. The same loop plays Atari from pixels in a2c_breakout.py.
+settling too soon. The algorithm is S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement
+Learning", ICML 2016, with its actors in step; a2c_breakout.py has the same loop for Atari games.
 
     python a2c_cartpole.py                                      # train, evaluate, film
     python a2c_cartpole.py --seed 7 --num-envs 16 --num-steps 10
@@ -33,13 +30,11 @@ its actors in step. The same loop plays Atari from pixels in a2c_breakout.py.
 
 The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode has 200 steps
 at most; the reward is 0 on the way, and at the end +1 for 196 steps or more (a success), -1 for
-fewer. Training ends when the last episode of every environment was a success, or after 5,120,000
-timesteps. A timestep is one decision in one environment.
+fewer. Training ends once each environment's last episode was a success, or after 5,120,000 steps.
 
 Differs from the book (the flag brings its way back):
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
-- All poles are simulated in one array. Such a pole spends a step on its reset, from which nothing
-  is learnt; the book resets at once, so that its updates always have 160 decisions.
+- All poles are one array, in which a reset takes a step of its own. Nothing is learnt from it.
 """
 
 import copy
@@ -59,6 +54,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -85,12 +81,10 @@ class Args:
     average_decay: float = 0.975  # of the kept weights, per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
-        decisions = self.num_envs * self.num_steps  # in an update
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
-            (self.num_envs >= 1, "--num-envs must be 1 or more"),
-            (self.num_steps >= 1, "--num-steps must be 1 or more"),
-            (decisions <= 10**7, "--num-envs times --num-steps must be 10 million at most"),
+            (min(self.num_envs, self.num_steps) >= 1, "--num-envs, --num-steps: 1 or more"),
+            (self.num_envs * self.num_steps <= 10**7, "--num-envs * --num-steps: 10**7 at most"),
             (self.total_timesteps >= 1, "--total-timesteps must be 1 or more"),
             (self.eval_episodes >= 1, "--eval-episodes must be 1 or more"),
             (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
@@ -118,41 +112,36 @@ def make_env(render_mode: str | None = None) -> gym.Env:
     return gym.make("CartPole-v1", max_episode_steps=MAX_STEPS, render_mode=render_mode)
 
 
-def book_rewards(steps: np.ndarray, dones: np.ndarray) -> np.ndarray:
-    """0 on the way; at the end +1 for a success, -1 for a shorter episode. All arrays are (N,)."""
-    return np.where(dones, np.where(steps >= SUCCESS_STEPS, 1.0, -1.0), 0.0).astype(np.float32)
+def book_rewards(steps: Tensor, dones: Tensor) -> Tensor:
+    """0 on the way; at the end +1 for a success, -1 for a shorter episode. All are (N,)."""
+    return torch.where(dones, torch.where(steps >= SUCCESS_STEPS, 1.0, -1.0), 0.0)
 
 
 class CartPoles:
     """N CartPoles, simulated in one array, with the book's rewards.
 
-    Where an episode has ended, the next step is a reset: it ignores its action, its reward is 0,
-    and it is no decision. Nothing may be learnt from it.
+    Where an episode has ended, the next step resets the pole and ignores the action. That is not a
+    decision, and nothing may be learnt from it.
     """
 
-    def __init__(self, num_envs: int):
-        vector = {"num_envs": num_envs, "vectorization_mode": "vector_entry_point"}
-        self.envs = gym.make_vec("CartPole-v1", max_episode_steps=MAX_STEPS, **vector)
-        self.steps = np.zeros(num_envs, np.int64)  # in the episodes under way
-        self.dones = np.zeros(num_envs, bool)  # where the last step ended the episode
-        self.last_lengths = np.zeros(num_envs, np.int64)  # of the last episodes that ended
+    def __init__(self, num_envs: int, seed: int):
+        self.envs = CartPoleVectorEnv(num_envs, max_episode_steps=MAX_STEPS)
+        self.observations = torch.from_numpy(self.envs.reset(seed=seed)[0])  # (N, 4) float32
+        self.steps = torch.zeros(num_envs, dtype=torch.int64)  # in the episodes under way
+        self.dones = torch.zeros(num_envs, dtype=torch.bool)  # where the last step was the end
+        self.last_lengths = torch.zeros_like(self.steps)  # in steps, of the last whole episodes
 
-    def reset(self, seed: int) -> Tensor:
-        """Seeds the environments and returns their first observations, (N, 4)."""
-        observations, _ = self.envs.reset(seed=seed)
-        return torch.from_numpy(observations)
-
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Observations (N, 4), rewards (N,), ends (N,), and where a decision was made (N,)."""
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Acts, (N,), and returns rewards, ends, and which actions were decisions, each (N,)."""
         decided = ~self.dones
         observations, _, terminated, truncated, _ = self.envs.step(actions.numpy())
-        # We treat the time limit as terminal and do not bootstrap from it, since reaching it is the
-        # goal here. In most other tasks only `terminated` may cut off the next value.
-        self.dones = terminated | truncated
-        self.steps = np.where(decided, self.steps + 1, 0)
-        self.last_lengths = np.where(self.dones, self.steps, self.last_lengths)
-        rewards = book_rewards(self.steps, self.dones)
-        return tuple(map(torch.from_numpy, (observations, rewards, self.dones, decided)))
+        self.observations = torch.from_numpy(observations)
+        # We treat the time limit as terminal and do not bootstrap from it, since reaching it is
+        # the goal here. In most other tasks only `terminated` may cut off the next value.
+        self.dones = torch.from_numpy(terminated | truncated)
+        self.steps = torch.where(decided, self.steps + 1, 0)
+        self.last_lengths = torch.where(self.dones, self.steps, self.last_lengths)
+        return book_rewards(self.steps, self.dones), self.dones, decided
 
 
 # ---- network -----------------------------------------------------------------------------------
@@ -178,9 +167,8 @@ class ActorCritic(nn.Module):
     def act(self, observations: Tensor) -> Tensor:
         """Draws an action for each environment: (N, 4) -> (N,) int64."""
         _, logits = self(observations)  # (N, 2)
-        # multinomial breaks off at a NaN; with 1 in its place it goes on, and learn reports it.
-        probabilities = logits.softmax(-1).nan_to_num(1)  # (N, 2)
-        return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
+        probs = logits.softmax(-1).nan_to_num(1)  # multinomial refuses NaN; learn reports it
+        return torch.multinomial(probs, num_samples=1).squeeze(-1)
 
     @torch.no_grad()
     def greedy_action(self, observation: np.ndarray) -> int:
@@ -197,7 +185,7 @@ class RolloutStorage:
 
     def __init__(self, num_steps: int, num_envs: int):
         T, N = num_steps, num_envs
-        self.observations = torch.zeros(T + 1, N, 4)  # the last one is where the rollout ended
+        self.observations = torch.zeros(T, N, 4)
         self.actions = torch.zeros(T, N, dtype=torch.int64)
         self.rewards = torch.zeros(T, N)
         self.masks = torch.zeros(T, N)  # 0 where the step ended an episode, else 1
@@ -205,8 +193,6 @@ class RolloutStorage:
 
 
 # ---- learning ----------------------------------------------------------------------------------
-
-LOG_EVERY = 20  # updates from one point of the curves to the next
 
 
 def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: float) -> Tensor:
@@ -240,43 +226,41 @@ def compute_losses(
 def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: SummaryWriter) -> dict:
     """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
-    Returns environment 0's last episode if solved, counted from 0, how many episodes it finished,
-    and the steps in all environments, for result.json. Raises ValueError if the loss is not finite.
+    Returns, for result.json, the last episode of environment 0 if solved, counted from 0, how many
+    it had, and the steps of all environments. Raises ValueError when a gradient is not finite.
     """
     device = network.fc1.weight.device
-    envs = CartPoles(args.num_envs)
+    envs = CartPoles(args.num_envs, args.seed)
     storage = RolloutStorage(args.num_steps, args.num_envs)
-    storage.observations[-1] = envs.reset(args.seed)
     parameters = list(network.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
-    episodes, timesteps, update, start = 0, 0, 0, time.perf_counter()
+    episode, timesteps, update, start = -1, 0, 0, time.perf_counter()  # nothing yet
     bar = tqdm(total=args.total_timesteps, unit="timestep")
 
     while timesteps < args.total_timesteps and envs.last_lengths.min() < SUCCESS_STEPS:
         # 1. rollout: T steps in each of N environments, into the storage
-        storage.observations[0] = storage.observations[-1]  # goes on where the last one ended
         ended = []  # episodes of environment 0: (timestep, length)
         for t in range(args.num_steps):
-            storage.actions[t] = network.act(storage.observations[t].to(device))
-            observations, rewards, dones, decided = envs.step(storage.actions[t])
-            storage.observations[t + 1], storage.rewards[t] = observations, rewards
-            storage.masks[t], storage.decided[t] = ~dones, decided
-            timesteps += int(decided.sum())
+            storage.observations[t] = envs.observations  # (N, 4)
+            storage.actions[t] = network.act(envs.observations.to(device))  # (N,)
+            storage.rewards[t], dones, storage.decided[t] = envs.step(storage.actions[t])
+            storage.masks[t] = ~dones
+            timesteps += int(storage.decided[t].sum())
             if dones[0]:
                 ended.append((timesteps, int(envs.last_lengths[0])))
         if not storage.decided.any():
-            continue  # one environment and one step can be a reset and nothing else
+            continue  # one step of one environment can be a reset
 
         # 2. returns: (T, N)
         with torch.no_grad():
-            last_values, _ = network(storage.observations[-1].to(device))  # (N,)
+            last_values, _ = network(envs.observations.to(device))  # (N,)
         returns = compute_returns(storage.rewards, storage.masks, last_values.cpu(), args.gamma)
 
         # 3. loss: over the batch of B decisions, T * N without the resets
         value_loss, policy_loss, entropy = compute_losses(
             network,
-            storage.observations[:-1][storage.decided].to(device),
+            storage.observations[storage.decided].to(device),
             storage.actions[storage.decided].to(device),
             returns[storage.decided].to(device),
         )
@@ -289,7 +273,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
         if not grad_norm.isfinite():
             raise ValueError(f"update {update}: gradient not finite, lower --learning-rate")
         optimizer.step()
-        with torch.no_grad():  # the average smooths out single updates, which can tip the policy
+        with torch.no_grad():  # single updates can tip the policy, their average does not
             for mean, weight in zip(averaged.parameters(), parameters):
                 mean.lerp_(weight, 1 - args.average_decay)
         update += 1
@@ -297,20 +281,20 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
         # 5. log
         bar.update(timesteps - bar.n)
         for timestep, length in ended:
+            episode += 1
             lengths.append(length)
-            tqdm.write(f"episode {episodes}: {length} steps, mean of 10 {np.mean(lengths):.1f}")
+            tqdm.write(f"episode {episode}: {length} steps, mean of 10 {np.mean(lengths):.1f}")
             writer.add_scalar("charts/episodic_length", length, timestep)
-            episodes += 1
-        if update % LOG_EVERY == 0:
+        if update % 20 == 0:  # the curves need no more
             writer.add_scalar("charts/SPS", timesteps / (time.perf_counter() - start), timesteps)
             writer.add_scalar("losses/value_loss", value_loss.item(), timesteps)
             writer.add_scalar("losses/policy_loss", policy_loss.item(), timesteps)
             writer.add_scalar("losses/entropy", entropy.item(), timesteps)
 
     bar.close()
-    solved = episodes - 1 if envs.last_lengths.min() >= SUCCESS_STEPS else None
-    tqdm.write("Not solved." if solved is None else f"Solved in episode {solved}.")
-    return dict(solved_episode=solved, episodes=episodes, steps=timesteps)
+    solved = envs.last_lengths.min() >= SUCCESS_STEPS
+    tqdm.write(f"Solved in episode {episode}." if solved else "Not solved.")
+    return dict(solved_episode=episode if solved else None, episodes=episode + 1, steps=timesteps)
 
 
 # ---- evaluation and the run --------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""The Q-learning scripts are a lesson told by diff: each step shows the algorithm's change alone."""
+"""The scripts are read side by side: what they do alike stands there alike."""
 
 import ast
 import difflib
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def source(name: str) -> str:
+    return (ROOT / f"{name}.py").read_text(encoding="utf-8")
+
+
 def body(name: str) -> list[str]:
     """The lines of a script below its module docstring."""
-    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    return text.splitlines()[ast.parse(text).body[0].end_lineno :]
+    return source(name).splitlines()[ast.parse(source(name)).body[0].end_lineno :]
+
+
+def definition(script: str, name: str) -> str:
+    """A class or function of a script, word for word."""
+    [found] = [x for x in ast.parse(source(script)).body if getattr(x, "name", None) == name]
+    return ast.get_source_segment(source(script), found)
+
+
+# ---- the Q-learning scripts: each step shows the algorithm's change alone ----------------------
 
 
 def changed_lines(old: str, new: str) -> list[str]:
@@ -25,7 +38,7 @@ def changed_lines(old: str, new: str) -> list[str]:
     [
         ("dqn_cartpole", "ddqn_cartpole", 40),
         ("ddqn_cartpole", "dueling_cartpole", 40),
-        ("ddqn_cartpole", "per_cartpole", 120),
+        ("ddqn_cartpole", "per_cartpole", 110),
     ],
 )
 def test_a_step_of_the_family_changes_few_lines(old, new, most):
@@ -45,15 +58,76 @@ def test_names_and_their_order_stay_the_same(name):
     assert [n for n in ours if n in names("dqn_cartpole")] == names("dqn_cartpole")
 
 
+# ---- A2C: the same loop for poles and for pixels -----------------------------------------------
+
+A2C = ["a2c_cartpole", "a2c_breakout"]
+LOOP = """\
+# 1. rollout
+# 2. returns
+with torch.no_grad():
+last_values, _ =
+returns = compute_returns(
+# 3. loss
+value_loss, policy_loss, entropy = compute_losses(
+loss = policy_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
+# 4. update
+optimizer.zero_grad()
+loss.backward()
+grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+if not grad_norm.isfinite():
+optimizer.step()
+with torch.no_grad():
+for mean, weight in zip(averaged.parameters(), parameters):
+mean.lerp_(weight, 1 - args.average_decay)
+# 5. log
+if update %
+"""
+
+
+def loop(name: str) -> list[str]:
+    """The lines of the outermost loop of learn, without their indentation."""
+    [learn] = [x for x in ast.parse(source(name)).body if getattr(x, "name", None) == "learn"]
+    [found] = [node for node in learn.body if isinstance(node, (ast.For, ast.While))]
+    return [line.strip() for line in source(name).splitlines()[found.lineno : found.end_lineno]]
+
+
+@pytest.mark.parametrize("name", A2C)
+def test_the_loop_of_a2c_has_five_steps_with_the_same_names(name):
+    """The lines of the loop begin so, in this order, whatever stands between them."""
+    lines = iter(loop(name))
+    for beginning in LOOP.splitlines():
+        assert any(line.startswith(beginning) for line in lines), beginning
+    numbered = [line for line in loop(name) if re.match(r"# \d", line)]
+    assert [line[:3] for line in numbered] == ["# 1", "# 2", "# 3", "# 4", "# 5"]
+
+
+def test_both_loops_of_a2c_use_one_storage():
+    for name in A2C:
+        used = set(re.findall(r"storage\.(\w+)", "\n".join(loop(name))))
+        assert {"observations", "actions", "rewards", "masks"} <= used
+
+
+@pytest.mark.parametrize("name", ["compute_returns", "compute_losses"])
+def test_returns_and_losses_of_a2c_are_the_same(name):
+    def code(script):
+        function = ast.parse(definition(script, name)).body[0]
+        return ast.unparse(function.args), [ast.unparse(line) for line in function.body[1:]]
+
+    assert code(A2C[0]) == code(A2C[1])
+
+
+# ---- Breakout: play as it was trained ----------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", ["NoopReset", "MaxAndSkip", "EpisodicLife", "Warp", "FrameStack"])
 def test_play_breakout_has_the_wrappers_that_were_trained_with(name):
-    """All but the two methods that only a checkpoint needs."""
+    assert definition("play_breakout", name) == definition("a2c_breakout", name)
 
-    def wrapper(script):
-        definitions = ast.parse("\n".join(body(script))).body
-        [found] = [node for node in definitions if getattr(node, "name", None) == name]
-        checkpointing = ("state_dict", "load_state_dict")
-        found.body = [node for node in found.body if getattr(node, "name", None) not in checkpointing]
-        return ast.unparse(found)
 
-    assert wrapper("play_breakout") == wrapper("a2c_breakout")
+# ---- all ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_no_line_is_longer_than_100_columns(path):
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    assert [(number, len(line)) for number, line in lines if len(line) > 100] == []

@@ -7,7 +7,6 @@
 #     "opencv-python==5.0.0.93",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
-#     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 # ]
 # ///
@@ -17,12 +16,12 @@ One network looks at the last four frames and gives two answers: V(s), the disco
 expect from here (the critic), and pi(a|s), the probability of each action (the actor). Sixteen
 games are played side by side for five steps; these 80 transitions then make one gradient step:
 
-    R_t  = r_t + gamma R_{t+1}      zero after a life ends, V(s_T) at the end of the rollout
+    R_t  = r_t + gamma R_{t+1}      R_{t+1} = 0 where step t ended a life, R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.25 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
 In the first term A_t is a constant: no gradient flows through it. The algorithm is S3 of Mnih et
-al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016, with its actors in step.
+al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016 (A3C), made synchronous.
 The frames and the network are those of Mnih et al., "Human-level control through deep
 reinforcement learning", Nature 518, 2015, Methods.
 
@@ -33,14 +32,15 @@ reinforcement learning", Nature 518, 2015, Methods.
 A timestep is one decision in one environment, four frames of the emulator. To the learner a life
 is an episode; the curves show whole games of five lives, in the game's own points.
 
-Differs from the book (docs/breakout.md has the reasons and the numbers). The book's recipe is
+Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018), whose recipe is
 --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0
-- The learner sees the sign of a reward, and a learning rate that falls to 0.
-- A game in which nothing is hit for 1000 decisions ends; no game goes on behind frame 65,536.
+- Rewards are cut to their sign, the learning rate falls to 0, the value loss weighs half as much.
+- A game ends after 1000 decisions without a reward; no game of Breakout goes on past frame 65,536.
 - The weights that are kept are a moving average.
-- A process for each core plays its share of the environments with a copy of the network that all
-  share, in place of a process for each environment. The screen turns gray before the maximum.
-- Gymnasium in place of gym; checkpoints; torchrun.
+- A process for each core plays several environments, with one network in shared memory; in the
+  book there is a process for each environment, and the main process chooses their actions.
+- The screen turns gray before the maximum of two is taken, not after it: faster, nearly the same.
+docs/breakout.md has the reasons and the numbers.
 """
 
 import copy
@@ -61,7 +61,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-# PyTorch's threads wait for work 0.1 ms awake before they sleep: 15% more steps/s.
+# PyTorch's OpenMP threads spin for 0.1 ms while they wait, before they sleep: 15% more steps/s.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # it is read when torch is imported
 
 import ale_py
@@ -86,21 +86,21 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
     seed: int = 1  # seed of the network and of the environments, from 0 to 2**31 - 1
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    bf16: bool = False  # convolutions in bfloat16: faster on processors made for it alone
+    bf16: bool = False  # convolutions in bfloat16: faster only on processors with units for it
     num_envs: int = 16  # environments side by side, on all ranks together, 1 or more
     num_steps: int = 5  # steps between two updates, the length of the return, 1 or more
-    total_timesteps: int = 10_000_000  # decisions in all environments, from one update on
+    total_timesteps: int = 10_000_000  # decisions, all environments together; one update's or more
     learning_rate: float = 7e-4  # learning rate of RMSprop, above 0
     anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
     rmsprop_alpha: float = 0.99  # decay of RMSprop's mean of squared gradients, from 0 to below 1
     rmsprop_eps: float = 1e-5  # term in RMSprop's denominator, above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
-    max_idle_steps: int = 1000  # decisions without a reward that end a game; 0: none do
+    max_idle_steps: int = 1000  # end a game after so many decisions without reward; 0: never
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
     entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
-    average_decay: float = 0.99  # of the kept weights, per 10 updates; from 0 to below 1
+    average_decay: float = 0.99  # decay, per 10 updates, of the kept average; 0: the last weights
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
     resume: Path | None = None  # folder of a run to go on with, or to begin in
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
@@ -113,17 +113,16 @@ class Args:
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         for names, good, rule in [
-            ("num_envs num_steps", lambda x: x >= 1, "from 1"),
-            ("checkpoint_every save_every log_every", lambda x: x >= 1, "from 1"),
-            ("max_idle_steps", lambda x: x >= 0, "from 0"),
+            ("num_envs num_steps", lambda x: x >= 1, "1 or more"),
+            ("checkpoint_every save_every log_every", lambda x: x >= 1, "1 or more"),
+            ("max_idle_steps", lambda x: x >= 0, "0 or more"),
             ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
             ("learning_rate rmsprop_eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0"),
-            ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "from 0"),
+            ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "0 or more"),
             ("rmsprop_alpha average_decay", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
-            ("num_envs", lambda x: x % WORLD_SIZE == 0, f"a multiple of {WORLD_SIZE}, the ranks"),
             ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
-            ("device", lambda x: x != "cuda" or torch.cuda.is_available(), "cpu: there is no CUDA"),
+            ("device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu (no CUDA)"),
         ]:
             for name in names.split():
                 if not good(getattr(self, name)):
@@ -135,7 +134,7 @@ class Args:
 
 
 class NoopReset(gym.Wrapper):
-    """Begins each game with 1 to 30 no-ops, so that no two are alike (Mnih et al. 2015)."""
+    """Begins each game with 1 to 30 no-ops, so that not all begin alike (Mnih et al. 2015)."""
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
@@ -206,7 +205,7 @@ class EpisodicLife(gym.Wrapper):
         if self.game["over"] or seed is not None:
             return self.new_game(seed, options)
         observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
-        if self.game["over"]:  # which can end the game
+        if self.game["over"]:  # which can end the game: info has its score
             observation, _ = self.new_game()
         return observation, info
 
@@ -225,7 +224,7 @@ class Warp(gym.ObservationWrapper):
 
 
 class FrameStack(gym.Wrapper):
-    """Shows the last four frames, (4, 84, 84) uint8, the newest last: one has no motion in it.
+    """Shows the last four frames, (4, 84, 84) uint8, the newest last: a single one shows no motion.
 
     The array is the same at every step: copy it if you keep it.
     """
@@ -237,7 +236,7 @@ class FrameStack(gym.Wrapper):
 
     def reset(self, **kwargs):
         frame, info = self.env.reset(**kwargs)
-        self.frames[:] = 0  # nothing from before the end of an episode
+        self.frames[:] = 0  # nothing of the life before
         self.frames[-1] = frame
         return self.frames, info
 
@@ -259,7 +258,7 @@ def make_env(env_id: str, max_idle_steps: int = 0) -> gym.Env:
     wanted = {"frameskip": 1, "repeat_action_probability": 0.0}  # skipping is done in a wrapper
     if spec.entry_point != "ale_py.env:AtariEnv" or not wanted.items() <= spec.kwargs.items():
         raise ValueError(f"--env-id {env_id}: not a game without frame skip, <Game>NoFrameskip-v4")
-    # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 30 minutes.
+    # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
     max_frames = 65_536 if env_id.startswith("Breakout") else 108_000
     # MaxAndSkip reads the screen itself, when it needs it; of all observations RAM costs least.
     env = gym.make(
@@ -278,7 +277,7 @@ def init(layer: nn.Module, gain: float) -> nn.Module:
 
 
 class ActorCritic(nn.Module):
-    """The convolutional network of Mnih et al. 2015 with two heads. Parameters as in the book."""
+    """The convolutional network of Mnih et al. 2015 with two heads. Names as in the book."""
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
@@ -295,7 +294,7 @@ class ActorCritic(nn.Module):
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)  # a third more steps/s
         self.critic = init(nn.Linear(512, 1), 1.0)
-        self.actor = init(nn.Linear(512, num_actions), 0.01)  # at first all actions are as likely
+        self.actor = init(nn.Linear(512, num_actions), 0.01)  # at first all equally likely
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """observations (B, 4, 84, 84) uint8 -> values (B,), logits (B, num_actions), float32."""
@@ -328,7 +327,7 @@ class Actor:
         cv2.setNumThreads(1)
         self.network, self.storage, self.indices = network, storage, indices
         self.envs = [make_env(args.env_id, args.max_idle_steps) for _ in indices]
-        # Seeds that are spread, so that no two runs share an environment.
+        # Hashed from the run's seed: with seed + i, runs 1 and 2 would share environments.
         seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
         self.num_envs = args.num_envs
         self.first = RANK * args.num_envs // WORLD_SIZE + indices.start  # on all ranks together
@@ -340,8 +339,8 @@ class Actor:
     def act(self, observations: Tensor) -> np.ndarray:
         """Draws an action for each environment: (n, 4, 84, 84) uint8 -> (n,) int64."""
         _, logits = self.network(observations)  # (n, num_actions)
-        # With Gumbel noise added, an action is the largest with probability softmax(logits). Each
-        # environment draws from its own generator, so that it does not matter who plays it.
+        # argmax(logits + Gumbel noise) is a draw from softmax(logits). The noise comes from each
+        # environment's own generator, so that it does not matter which process plays it.
         noise = [env.unwrapped.np_random.gumbel(size=logits.shape[1]) for env in self.envs]
         return (logits.numpy() + noise).argmax(axis=-1)
 
@@ -362,11 +361,11 @@ class Actor:
             actions[t] = self.act(observations[t])
             for i, env in enumerate(self.envs):
                 observation, rewards[t, i], terminated, truncated, info = env.step(actions[t, i])
-                masks[t, i] = not (terminated or truncated)
+                masks[t, i] = not (terminated or truncated)  # a game that is cut counts as lost
                 if terminated or truncated:
                     observation, reset_info = env.reset()
                     info |= reset_info
-                if "game" in info:
+                if "game" in info:  # ended by the step, or by the no-op of the reset
                     timestep = (update * len(actions) + t) * self.num_envs + self.first + i + 1
                     games.append((timestep, *info["game"]))
                 observations[t + 1, i] = torch.from_numpy(observation)
@@ -423,7 +422,7 @@ def start_actors(args: Args, network: ActorCritic, storage: RolloutStorage):
     def tell(method: str, *arguments) -> list[Any]:
         answers = []
         try:
-            for _, connection in actors:
+            for process, connection in actors:
                 connection.send((method, *arguments))
             for process, connection in actors:
                 answers += connection.recv()
@@ -478,14 +477,8 @@ def compute_losses(
     return value_loss, policy_loss, entropy
 
 
-def learning_rate(args: Args, update: int) -> float:
-    """The learning rate of an update, counted from 0."""
-    num_updates = args.total_timesteps // (args.num_envs * args.num_steps)
-    return args.learning_rate * (1 - update / num_updates if args.anneal_lr else 1)
-
-
 def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors, run) -> None:
-    """Trains until the end or a stop signal; what comes of it is kept by the run (see below).
+    """Trains until the end or a stop signal; the run (a Run, below) logs and saves.
 
     On a CPU the learner's weights are the memory from which the actors read; on CUDA they are
     copied there for each rollout. Raises ValueError when a gradient is not finite.
@@ -494,14 +487,13 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors
     learner = copy.deepcopy(network).to(device) if args.cuda else network
     averaged = copy.deepcopy(learner).requires_grad_(False)
     parameters = list(learner.parameters())
-    optimizer = torch.optim.RMSprop(
-        parameters, args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps
-    )
+    optimizer = torch.optim.RMSprop(parameters, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps)
     run.begin({"network": learner, "averaged": averaged, "optimizer": optimizer}, tell_actors)
     num_updates = args.total_timesteps // (args.num_envs * args.num_steps)
 
     for update in range(run.progress["update"], num_updates):
-        optimizer.param_groups[0]["lr"] = learning_rate(args, update)
+        left = 1 - update / num_updates if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = args.learning_rate * left
 
         # 1. rollout: T steps in each of N environments, into the storage
         if args.cuda:
@@ -532,7 +524,7 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors
         if not grad_norm.isfinite():
             raise ValueError(f"update {update}: gradient not finite; the last checkpoint stands")
         optimizer.step()
-        if update % 10 == 0:  # neighbouring updates have nearly the same weights
+        if update % 10 == 0:  # the weights of updates in between are nearly the same
             with torch.no_grad():
                 for mean, weight in zip(averaged.parameters(), parameters):
                     mean.lerp_(weight, 1 - args.average_decay)
@@ -575,7 +567,7 @@ def gather(value: Any) -> list[Any]:
 
 
 class Run:
-    """What surrounds the learning. Rank 0 writes the files, the others keep in step."""
+    """The files of a run. Rank 0 alone writes; all ranks make the same calls."""
 
     def __init__(self, args: Args):
         self.args, self.games, self.stop_signals = args, [], []
@@ -632,9 +624,10 @@ class Run:
         self.progress["games"] += len(games)
         self.progress["last_scores"] += [score for _, score, _ in games]
         del self.progress["last_scores"][:-100]
-        for timestep, score, length in games if RANK == 0 else []:
-            self.writer.add_scalar("charts/episodic_return", score, timestep)
-            self.writer.add_scalar("charts/episodic_length", length, timestep)
+        if RANK == 0:
+            for timestep, score, length in games:  # whole games, despite the usual names
+                self.writer.add_scalar("charts/episodic_return", score, timestep)
+                self.writer.add_scalar("charts/episodic_length", length, timestep)
 
     def log(self, losses: dict[str, Tensor], learning_rate: float) -> None:
         """Adds a point to each curve and prints a line."""
@@ -679,7 +672,7 @@ def lock(folder: Path):
         import fcntl
 
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited
         except BlockingIOError:
             raise ValueError(f"another process is training in {folder}") from None
     return file
@@ -725,11 +718,12 @@ def read_args(folder: Path) -> dict[str, Any]:
 
 
 def refuse_changes(args: Args) -> None:
-    """Raises ValueError where args would make another run of the one that is resumed."""
+    """Raises ValueError if a flag differs that a resumed run cannot change."""
     free = {"device", "resume", "runs_dir", "checkpoint_every", "save_every", "log_every"}
-    if not args.anneal_lr:  # a rate that falls would have fallen in another way
+    if not args.anneal_lr:  # a falling rate depends on it from the first update on
         free.add("total_timesteps")
-    for name, value in (read_args(args.resume) if args.resume else {}).items():
+    began_with = read_args(args.resume) if args.resume else {}
+    for name, value in began_with.items():
         if name not in free and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
             why = " while the learning rate falls" if name == "total_timesteps" else ""
@@ -737,7 +731,7 @@ def refuse_changes(args: Args) -> None:
 
 
 def load_checkpoint(folder: Path, args: Args) -> dict[str, Any] | None:
-    """The checkpoint in a folder, None where a run begins. ValueError if it is not as it was."""
+    """The checkpoint in a folder, None where a run begins. ValueError if damaged or foreign."""
     path = folder / "checkpoint.pth"
     if not path.exists():
         if any(file.name != "weight_0.pth" for file in folder.glob("weight_*.pth")):
@@ -760,7 +754,7 @@ def load_checkpoint(folder: Path, args: Args) -> dict[str, Any] | None:
 def stop_requests(received: list[int]):
     """Ctrl-C and SIGTERM add their number to a list, and the update under way is finished.
 
-    A second one ends everything at once: the first may have found an actor that hangs.
+    A second one ends everything at once, in case an actor hangs.
     """
 
     def receive(signum, _):
@@ -785,6 +779,8 @@ def train(args: Args) -> dict:
     to receive them it must be called in the main thread. Raises ValueError for bad input and for
     a gradient that is not finite, OSError when a file cannot be written.
     """
+    if args.num_envs % WORLD_SIZE:
+        raise ValueError(f"--num-envs must be a multiple of {WORLD_SIZE}, the number of ranks")
     with make_env(args.env_id) as env:
         num_actions = int(env.action_space.n)
     try:
@@ -794,13 +790,10 @@ def train(args: Args) -> dict:
     if platform.libc_ver()[0] == "glibc":  # keep the memory that an update frees: 13% more steps/s
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 2**30)
-    torch.manual_seed(args.seed)
-    network = ActorCritic(num_actions, args.bf16).share_memory()  # the same on all ranks
+    torch.manual_seed(args.seed)  # the same network on all ranks
+    network = ActorCritic(num_actions, args.bf16).share_memory()
     run = Run(args)
-    with (
-        stop_requests(run.stop_signals),
-        start_actors(args, network, storage) as tell_actors,
-    ):
+    with stop_requests(run.stop_signals), start_actors(args, network, storage) as tell_actors:
         if WORLD_SIZE > 1:
             dist.init_process_group()  # after the fork, which would copy its threads' locks
         learn(args, network, storage, tell_actors, run)

@@ -27,7 +27,8 @@ lives, as in training: it begins with 1 to 30 no-ops, and when a life is lost th
 frames are zeroed and one no-op follows; its score is the sum over all lives. Attempt or game
 number i (from 0) has the seed seed + i for its no-ops and its actions, so that it is the same
 whatever is played before it or beside it. A game that never ends, because the policy does not
-serve or the ball meets no brick any more, is cut after 65,536 frames, a quarter of an hour.
+serve or the ball meets no brick any more, is cut after 65,536 frames, 18 minutes (other games than
+Breakout after 108,000).
 
 Each run leaves args.json, result.json and film.mp4 (with --gif also film.gif, with --random also
 first_screen.png) in runs/play_breakout__<seed>__<time>/. The film shows the screen after each
@@ -36,7 +37,7 @@ actions are kept, and those of the best attempt or game are played once more for
 
 Differs from the book: gymnasium instead of gym (a game ends `terminated`, lost, or `truncated`, at
 the frame limit); the screen turns gray before the maximum of two is taken, not after it, which is
-a few gray levels apart, and weights of either play with both.
+a few gray levels apart, and either's weights work in both.
 """
 
 import json
@@ -68,7 +69,7 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "a2c_breakout.pth"
 class Args:
     """Play an Atari game with a policy of a2c_breakout.py, or at random."""
 
-    weights: Path | None = None  # of a run, or book-made; without it the pretrained ones
+    weights: Path | None = None  # of a run or of the book; without it the pretrained ones
     random: bool = False  # show what the game looks like: at most 1000 random decisions
     target_score: float = 400  # play lives until one scores more than this
     max_attempts: int = 100  # lives to play at most, from 1
@@ -99,7 +100,7 @@ class Args:
 
 
 class NoopReset(gym.Wrapper):
-    """Begins each game with 1 to 30 no-ops, so that no two are alike (Mnih et al. 2015)."""
+    """Begins each game with 1 to 30 no-ops, so that not all begin alike (Mnih et al. 2015)."""
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
@@ -170,7 +171,7 @@ class EpisodicLife(gym.Wrapper):
         if self.game["over"] or seed is not None:
             return self.new_game(seed, options)
         observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
-        if self.game["over"]:  # which can end the game
+        if self.game["over"]:  # which can end the game: info has its score
             observation, _ = self.new_game()
         return observation, info
 
@@ -189,7 +190,7 @@ class Warp(gym.ObservationWrapper):
 
 
 class FrameStack(gym.Wrapper):
-    """Shows the last four frames, (4, 84, 84) uint8, the newest last: one has no motion in it.
+    """Shows the last four frames, (4, 84, 84) uint8, the newest last: a single one shows no motion.
 
     The array is the same at every step: copy it if you keep it.
     """
@@ -201,7 +202,7 @@ class FrameStack(gym.Wrapper):
 
     def reset(self, **kwargs):
         frame, info = self.env.reset(**kwargs)
-        self.frames[:] = 0  # nothing from before the end of an episode
+        self.frames[:] = 0  # nothing of the life before
         self.frames[-1] = frame
         return self.frames, info
 
@@ -223,7 +224,7 @@ def make_game(env_id: str, obs_type: str = "ram") -> gym.Env:
     wanted = {"frameskip": 1, "repeat_action_probability": 0.0}  # skipping is done in a wrapper
     if spec.entry_point != "ale_py.env:AtariEnv" or not wanted.items() <= spec.kwargs.items():
         raise ValueError(f"--env-id {env_id}: not a game without frame skip, <Game>NoFrameskip-v4")
-    # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 30 minutes.
+    # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
     max_frames = 65_536 if env_id.startswith("Breakout") else 108_000
     return gym.make(
         env_id, obs_type=obs_type, max_num_frames_per_episode=max_frames, disable_env_checker=True
@@ -240,7 +241,7 @@ def make_env(env_id: str, whole_games: bool) -> gym.Env:
 
 
 class ActorCritic(nn.Module):
-    """The convolutional network of Mnih et al. 2015 with two heads. Parameters as in the book."""
+    """The convolutional network of Mnih et al. 2015 with two heads. Names as in the book."""
 
     def __init__(self, num_actions: int):
         super().__init__()
@@ -301,7 +302,7 @@ class Game:
         elif terminated or truncated:
             if "game" not in info:
                 self.frames, info = self.env.reset()  # the next life; its no-op may end the game
-            if "game" in info:
+            if "game" in info:  # the wrapper is in a new game by now
                 self.score, _ = info["game"]
 
 
@@ -314,7 +315,7 @@ def act(network: nn.Module, games: list[Game], greedy: bool, device: str) -> lis
         raise ValueError("this policy cannot play: its weights are so large that they overflow")
     if greedy:
         return logits.argmax(-1).tolist()
-    # With Gumbel noise added, an action is the largest with probability softmax(logits).
+    # argmax(logits + Gumbel noise) is a draw from softmax(logits).
     noise = [game.env.unwrapped.np_random.gumbel(size=logits.shape[1]) for game in games]
     return (logits.cpu().numpy() + noise).argmax(axis=-1).tolist()
 
@@ -337,12 +338,12 @@ def play_games(
 
 
 def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game], bool]:
-    """Plays lives until one is good enough, or whole games; what is over is in order of the seeds.
+    """Plays lives until one is good enough, or whole games; returns those that ended, by seed.
 
     The second value is True if Ctrl-C cut it short.
     """
     whole = args.full_games is not None
-    if whole:  # 16 side by side: half as long again as one at a time
+    if whole:  # 16 side by side are faster than one at a time
         kind, count, side_by_side = "game", args.full_games, min(args.full_games, 16)
     else:  # one at a time: whether there is a next attempt depends on this one
         kind, count, side_by_side = "attempt", 1 if args.greedy else args.max_attempts, 1
@@ -359,8 +360,8 @@ def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game]
                     break
     except KeyboardInterrupt:
         interrupted = True
-    # Short games are over first. After Ctrl-C they would count for more than their share, so that
-    # only the games before the first that was not over are kept.
+    # After Ctrl-C the long games are missing. Not to favour the short ones, only the games before
+    # the first gap in the seeds count.
     games.sort(key=lambda game: game.seed)
     games = [game for game, seed in zip(games, seeds) if game.seed == seed]
     if not games:
@@ -417,7 +418,7 @@ def film(screens: Iterable[np.ndarray], run_dir: Path, gif: bool) -> None:
     mp4_part, gif_part = run_dir / "part.mp4", run_dir / "part.gif"
     # Without macro_block_size imageio stretches 480 x 630 to multiples of 16.
     writers = [imageio.get_writer(mp4_part, fps=15, macro_block_size=2)]
-    if gif:  # in 10 ms; subrectangles stores only what changes
+    if gif:  # 70 ms a frame, in GIF's units of 10; subrectangles stores only what changes
         writers.append(imageio.get_writer(gif_part, duration=70, loop=0, subrectangles=True))
     for screen in screens:
         for writer, scale in zip(writers, (3, 1)):
@@ -433,7 +434,7 @@ def play(args: Args) -> dict:
     """Plays, and leaves result.json and the film in the run's folder; returns the result.
 
     Raises ValueError for bad input and OSError for files. After Ctrl-C, what is over by then is
-    kept and filmed, and then KeyboardInterrupt goes on its way.
+    kept and filmed, and then KeyboardInterrupt is raised again.
     """
     torch.set_num_threads(1)  # a few frames at a time are too little to share
     cv2.setNumThreads(1)

@@ -1,9 +1,12 @@
-"""Draws the learning curve of runs of a2c_breakout.py: the score of every whole game, and their running mean.
+"""Draws how runs of a2c_breakout.py learnt: scores and lengths of their whole games.
 
-    python benchmarks/breakout_curve.py runs/default_seed1 --name default_seed1
+    python benchmarks/breakout_curve.py runs/seed1 runs/seed2 runs/seed3 --name breakout_curves
 
-Reads the TensorBoard files of the run's folder and writes benchmarks/results/breakout_curve_<name>.csv (timestep,
-return, length: one row for each whole game) and a picture beside it.
+Reads the TensorBoard files in the runs' folders and writes, in benchmarks/results/,
+breakout_curves.csv, a row for each game in training (timestep: when it ended; length: in
+decisions), and breakout_curves.png: above the scores, below the lengths, the dots single games, the
+lines running means of 100. Prints when the running mean first reached 100, 200, 300 and 400, and
+how much of the last million timesteps went into games of over 3000 decisions.
 """
 
 import argparse
@@ -11,39 +14,82 @@ import csv
 import json
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")  # pictures go to files: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RESULTS = Path(__file__).resolve().parent / "results"
+LONG = 3000  # decisions
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Means of the last 100 (n,) -> (n - 99,); fewer values have one mean."""
+    window = min(100, len(values))
+    return np.convolve(values, np.ones(window) / window, mode="valid")
+
+
+def report(seed: int, games: np.ndarray, events: EventAccumulator) -> None:
+    """Prints when the running mean passed each hundred, and the share of the long games."""
+    timesteps, scores, lengths = games.T
+    points = events.Scalars("charts/SPS")
+    seconds = np.diff([point.wall_time for point in points], prepend=points[0].wall_time)
+    pause = 10 * np.median(seconds)  # a run that was stopped and resumed later
+    hours = np.cumsum(np.where(seconds > pause, 0, seconds)) / 3600
+    last, mean = points[-1].step, running_mean(scores)
+    print(f"seed {seed}: {len(games)} games, {last:,} timesteps in {hours[-1]:.2f} hours, "
+          f"mean of the last 100 games {mean[-1]:.1f}, best game {scores.max():.0f}")  # fmt: skip
+    for goal in (100, 200, 300, 400):
+        if mean.max() < goal:
+            print(f"  {goal} is not reached")
+            break
+        timestep = timesteps[len(scores) - len(mean) + np.argmax(mean >= goal)]
+        after = np.interp(timestep, [point.step for point in points], hours)
+        print(f"  {goal} after {timestep:,.0f} timesteps, {after:.2f} hours")
+    late = lengths[timesteps > last - 1_000_000]
+    share = late[late > LONG].sum() / late.sum()
+    print(f"  decisions in games of over {LONG}, last million timesteps: {share:.1%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--name", required=True, help="of the files to write")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, of one seed each")
+    parser.add_argument("--name", required=True, help="of the two files to write")
+    parser.add_argument("--title", default="A2C on Breakout: whole games during training")
     args = parser.parse_args()
 
-    events = EventAccumulator(str(args.run_dir), size_guidance={"scalars": 0}).Reload()
-    games, lengths = events.Scalars("charts/episodic_return"), events.Scalars("charts/episodic_length")
-    rows = [(game.step, game.value, length.value) for game, length in zip(games, lengths, strict=True)]
-    with open(RESULTS / f"breakout_curve_{args.name}.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("timestep", "return", "length"), *((s, int(r), int(n)) for s, r, n in rows)])
+    rows = []
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(9, 7), dpi=110)
+    for number, run in enumerate(args.runs):
+        seed = json.loads((run / "args.json").read_text())["seed"]
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+        tags = ("charts/episodic_return", "charts/episodic_length")
+        scores, lengths = (events.Scalars(tag) for tag in tags)
+        pairs = zip(scores, lengths, strict=True)
+        games = np.array([(game.step, game.value, length.value) for game, length in pairs])
+        rows += [(seed, *map(int, game)) for game in games]
+        report(seed, games, events)
+        for axes, values in ((above, games[:, 1]), (below, games[:, 2])):
+            mean, millions = running_mean(values), games[:, 0] / 1e6
+            axes.plot(millions, values, ".", markersize=2, alpha=0.15, color=f"C{number}")
+            axes.plot(millions[-len(mean):], mean, color=f"C{number}", label=f"seed {seed}")
 
-    steps, returns = np.array([row[:2] for row in rows]).T
-    window = min(100, len(returns))
-    mean = np.convolve(returns, np.ones(window) / window, mode="valid")
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    axes.plot(steps / 1e6, returns, ".", markersize=2, alpha=0.25, color="tab:blue", label="one whole game")
-    axes.plot(steps[window - 1 :] / 1e6, mean, color="tab:red", label=f"mean of the last {window}")
-    axes.set(xlabel="timesteps (millions)", ylabel="score of the game")
-    flags = json.loads((args.run_dir / "args.json").read_text())
-    axes.set_title(f"A2C on {flags['env_id']}, seed {flags['seed']}" + ", annealed" * flags["anneal_lr"])
-    axes.legend(loc="upper left")
-    axes.grid(alpha=0.3)
+    above.set(title=args.title, ylabel="score (points)", xlim=(0, None), ylim=(0, None))
+    legend = "mean of the last 100 games;\na dot is a single game"
+    above.legend(loc="upper left", alignment="left", title=legend)
+    line = below.axhline(LONG, color="0.4", linewidth=0.8, linestyle=":", label=f"{LONG} decisions")
+    below.legend(handles=[line], loc="upper left")
+    below.set(xlabel="timesteps (millions)", ylabel="length (decisions)", ylim=(0, None))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(RESULTS / f"breakout_curve_{args.name}.png", dpi=110)
-    print(f"{len(rows)} games up to timestep {int(steps[-1])}; mean of the first {window} {mean[0]:.2f}, of the last {mean[-1]:.2f}")
+    figure.savefig(RESULTS / f"{args.name}.png")
+    with open(RESULTS / f"{args.name}.csv", "w", newline="") as file:
+        header = ("seed", "timestep", "score", "length")
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 if __name__ == "__main__":

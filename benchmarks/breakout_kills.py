@@ -136,7 +136,8 @@ def run_to_the_end(run_dir: Path) -> float:
         process.kill()
         wait_until_gone(process)
     if process.returncode:
-        raise SystemExit(f"a run that nobody killed failed:\n{run_dir.with_suffix('.log').read_text()}")
+        log = run_dir.with_suffix(".log").read_text()
+        raise SystemExit(f"a run that nobody killed failed:\n{log}")
     return startup
 
 

@@ -95,7 +95,8 @@ def main() -> None:
             for ranks, seconds in training.items():
                 seconds.append(time_training(ranks, args.updates))
                 writer.writerow([number, "training", ranks, f"{seconds[-1]:.6f}"])
-                print(f"round {number}, {ranks} rank(s): {1 / seconds[-1]:.2f} updates/s", flush=True)
+                rate = 1 / seconds[-1]
+                print(f"round {number}, {ranks} rank(s): {rate:.2f} updates/s", flush=True)
             times = time_averaging(args.updates)
             writer.writerows((number, "averaging", 2, f"{seconds:.6f}") for seconds in times)
             averaging += times

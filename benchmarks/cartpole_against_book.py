@@ -2,8 +2,8 @@
 
     python benchmarks/cartpole_against_book.py
 
-The episodes of the book's code, run on today's Gymnasium with 10 seeds, are below. Ours are the rows
-that benchmarks/cartpole_seeds.py left in benchmarks/results/. The question is whether ours are
+The episodes of the book's code, run on today's Gymnasium with 10 seeds, are below. Ours are the
+rows that benchmarks/cartpole_seeds.py left in benchmarks/results/. The question is whether ours are
 larger (worse): a one-sided Mann-Whitney U test, in which a run that was not solved counts as later
 than any other. The table goes to cartpole_against_book.csv there.
 """

@@ -5,4 +5,5 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # for a2c_breakout.py, before torch is imported: a test machine is busy
+# For a2c_breakout.py, set before torch is imported: threads that wait on a busy machine sleep.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -1,4 +1,4 @@
-"""Tests of a2c_cartpole.py: returns, losses, the array of poles and its reset steps, the updates."""
+"""Tests of a2c_cartpole.py: returns, losses, the poles and their reset steps, the updates."""
 
 import copy
 import math
@@ -229,8 +229,21 @@ def test_every_update_is_replayed(monkeypatch, decay, max_grad_norm):
         torch.testing.assert_close(vector, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_one_environment_and_one_step_can_be_nothing_but_a_reset():
-    assert learn_from(num_envs=1, num_steps=1, total_timesteps=100)["steps"] == 100
+def test_a_rollout_of_nothing_but_a_reset_is_no_update(monkeypatch):
+    sizes = []
+
+    def spied_losses(network, observations, actions, returns):
+        sizes.append(len(returns))
+        return compute_losses(network, observations, actions, returns)
+
+    monkeypatch.setattr(a2c_cartpole, "compute_losses", spied_losses)
+    outcome = learn_from(num_envs=1, num_steps=1, total_timesteps=100)
+    assert outcome["episodes"] > 1 and outcome["steps"] == 100 and sizes == [1] * 100
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training():
+    with pytest.raises(ValueError, match="not finite"):
+        learn_from(learning_rate=1e30, total_timesteps=1000)
 
 
 def test_cartpole_is_learnt():

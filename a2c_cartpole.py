@@ -75,23 +75,23 @@ class Args:
     hidden_size: int = 32  # units in each of the two hidden layers, from 1 to 4096
     learning_rate: float = 0.01  # step size of Adam, above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
-    value_loss_coef: float = 0.5  # weight of the value loss, from 0
-    entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
+    value_loss_coef: float = 0.5  # weight of the value loss, 0 or more
+    entropy_coef: float = 0.01  # weight of the entropy bonus, 0 or more
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
     average_decay: float = 0.975  # of the kept weights, per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
-            (min(self.num_envs, self.num_steps) >= 1, "--num-envs, --num-steps: 1 or more"),
+            (min(self.num_envs, self.num_steps) >= 1, "--num-envs and --num-steps must be 1 or more"),
             (self.num_envs * self.num_steps <= 10**7, "--num-envs * --num-steps: 10**7 at most"),
             (self.total_timesteps >= 1, "--total-timesteps must be 1 or more"),
             (self.eval_episodes >= 1, "--eval-episodes must be 1 or more"),
             (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
             (0 < self.learning_rate < np.inf, "--learning-rate must be above 0 and finite"),
             (0 <= self.gamma <= 1, "--gamma must be from 0 to 1"),
-            (0 <= self.value_loss_coef < np.inf, "--value-loss-coef must be from 0 and finite"),
-            (0 <= self.entropy_coef < np.inf, "--entropy-coef must be from 0 and finite"),
+            (0 <= self.value_loss_coef < np.inf, "--value-loss-coef must be 0 or more and finite"),
+            (0 <= self.entropy_coef < np.inf, "--entropy-coef must be 0 or more and finite"),
             (0 < self.max_grad_norm < np.inf, "--max-grad-norm must be above 0 and finite"),
             (0 <= self.average_decay < 1, "--average-decay must be from 0 to below 1"),
             (not self.weights or self.weights.is_file(), f"--weights: no file {self.weights}"),
@@ -235,7 +235,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     parameters = list(network.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
-    episode, timesteps, update, start = -1, 0, 0, time.perf_counter()  # nothing yet
+    episode, timesteps, update, start = -1, 0, 0, time.perf_counter()  # no episode yet
     bar = tqdm(total=args.total_timesteps, unit="timestep")
 
     while timesteps < args.total_timesteps and envs.last_lengths.min() < SUCCESS_STEPS:

@@ -1,9 +1,11 @@
-"""Every command of README.md and README.ja.md works: each distinct one is run, with flags that make it short.
+"""Every command of the pages works: those in blocks are run, with flags that make them short.
 
-Installations, uv, pipx, torchrun and servers are only parsed here, and so are the benchmarks, which have requirements
-of their own.
+Those in the text and in tables are parsed by the script's own command line. Installations,
+torchrun and the tests themselves are not started, and neither are the benchmarks, which have
+requirements of their own.
 """
 
+import importlib
 import os
 import re
 import shlex
@@ -14,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tyro
+from test_readme import PAGES, ROOT, SCRIPTS, blocks, calls, commands, mentions, tables
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXTS = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ja.md")]
 Q_LEARNING = {"--num-episodes": "3", "--eval-episodes": "2"}
 SMALL = {  # flags that are set or replaced
     "mnist.py": {"--epochs": "1"},
@@ -28,75 +30,29 @@ SMALL = {  # flags that are set or replaced
     "a2c_breakout.py": {"--total-timesteps": "160"},
     "play_breakout.py": {"--max-attempts": "1"},
 }
-SMALLER = {"--full-games": "1", "--anneal-timesteps": "80"}  # replaced where they stand
-SHIPPED = (ROOT / "pretrained" / "a2c_breakout.pth").exists()
-PARSED_ONLY = ("python3 -m venv", "source", "pip install", "python -m pytest", "python benchmarks/", "uv run",
-               "pipx run", "torchrun", "tensorboard", "apt-get")  # fmt: skip
-RUN = ("python", "diff", "cp", "until")
-
-
-def commands() -> list[str]:
-    """Each distinct command: the lines of ```sh blocks, taken apart at &&, and the `commands` in the text."""
-    found = []
-    for text in TEXTS:
-        for language, content in re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S):
-            found += content.splitlines() if language == "sh" else []
-        prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-        found += [code for code in re.findall(r"`([^`\n]+)`", prose) if code.startswith((*RUN, *PARSED_ONLY))]
-    return list(dict.fromkeys(part for line in found for part in line.split(" && ")))
+NOT_STARTED = ("python3 -m venv", "source", "pip install", "python -m pytest", "torchrun")
+WRITTEN = [name for name in PAGES if (ROOT / name).exists()]  # test_readme.py demands them all
+COMMANDS = sorted({command for name in WRITTEN for command in commands(name)})
+MENTIONED = sorted({call for name in WRITTEN for call in calls(mentions(name))})
+DIGITS = os.environ.get("MNIST_DIR")  # mnist.py is only run where its files are
+STARTED = [command for command in COMMANDS if not command.startswith(NOT_STARTED)
+           and (DIGITS or "mnist.py" not in command)]  # fmt: skip
+FIRST = ["python a2c_breakout.py --resume runs/long", "python dqn_cartpole.py"]  # others use them
 
 
 def small(command: str) -> str:
-    """The command with each call of a script of ours made small."""
+    """The command with each call of a script made small."""
 
     def shrink(call: re.Match) -> str:
         words = shlex.split(call[0])
-        flags = SMALL[words[1]] | {flag: value for flag, value in SMALLER.items() if flag in words}
-        for flag, value in flags.items():
+        for flag, value in {**SMALL[words[1]], "--full-games": "1"}.items():
             if flag in words:
                 words[words.index(flag) + 1] = value
-            else:
+            elif flag != "--full-games":
                 words += [flag, value]
         return shlex.join(words)
 
     return re.sub(r"python \w+\.py[^;&|]*", shrink, command)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What a user has who follows the text: the scripts, the digits, a run and weights."""
-    folder = tmp_path_factory.mktemp("user")
-    for script in SMALL:
-        shutil.copy(ROOT / script, folder)
-    (folder / "elsewhere").mkdir()
-    if SHIPPED:
-        shutil.copytree(ROOT / "pretrained", folder / "pretrained")
-    if "MNIST_DIR" in os.environ:
-        shutil.copytree(os.environ["MNIST_DIR"], folder / "data" / "mnist")
-    for command in ("python a2c_breakout.py --resume runs/long", "python dqn_cartpole.py"):
-        assert run(folder, small(command)).returncode == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def outcomes(folder):
-    """What became of each command that is run: {command: process}. Two at a time, as most use one core.
-
-    Those on the run in runs/long, which one process at a time may have, come one after the other.
-    """
-    [example] = (path.name for path in folder.glob("runs/dqn_cartpole__*"))
-    alone = [command for command in commands() if not command.startswith(PARSED_ONLY)]
-    if "MNIST_DIR" not in os.environ:
-        alone = [command for command in alone if "mnist.py" not in command]
-    groups = [[command for command in alone if "runs/long" in command]]
-    groups += [[command] for command in alone if "runs/long" not in command]
-
-    def run_all(group: list[str]) -> list[subprocess.CompletedProcess]:
-        return [run(folder, small(command).replace("runs/...", f"runs/{example}")) for command in group]
-
-    with ThreadPoolExecutor(2) as pool:
-        processes = sum(pool.map(run_all, groups), [])
-    return dict(zip(sum(groups, []), processes, strict=True))
 
 
 def run(folder: Path, command: str) -> subprocess.CompletedProcess:
@@ -105,35 +61,67 @@ def run(folder: Path, command: str) -> subprocess.CompletedProcess:
                           capture_output=True, text=True, timeout=300)  # fmt: skip
 
 
-def test_there_are_commands_of_every_script():
-    for script in SMALL:
-        assert any(command.startswith(f"python {script}") for command in commands()), script
+def parse(script: str, arguments: str) -> None:
+    """Raises SystemExit if the script's command line refuses the arguments."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    tyro.cli(module.Args, args=shlex.split(arguments))
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command(folder, outcomes, command):
-    assert command.startswith((*RUN, *PARSED_ONLY)), "a new kind of command: is it to be run or only parsed?"
-    for word in shlex.split(command.replace(";", " ")):
-        if word.endswith((".py", ".txt")):
-            assert (ROOT / word).exists()
-    if command.startswith(PARSED_ONLY):
-        return
-    if "mnist.py" in command and "MNIST_DIR" not in os.environ:
-        pytest.skip("needs the digits: MNIST_DIR=folder")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a user has who follows the text: the scripts, weights and digits."""
+    folder = tmp_path_factory.mktemp("user")
+    for script in SCRIPTS:
+        shutil.copy(ROOT / script, folder)
+    shutil.copytree(ROOT / "pretrained", folder / "pretrained")
+    if DIGITS:
+        shutil.copytree(DIGITS, folder / "data" / "mnist")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    """{command: its process}, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(FIRST, pool.map(lambda c: run(folder, small(c)), FIRST)))
+        [example] = folder.glob("runs/dqn_cartpole__*")
+        rest = [command for command in STARTED if command not in FIRST]
+        lines = [small(command).replace("runs/...", f"runs/{example.name}") for command in rest]
+        return done | dict(zip(rest, pool.map(lambda line: run(folder, line), lines)))
+
+
+@pytest.mark.parametrize("command", STARTED)
+def test_a_command_in_a_block_works(folder, outcomes, command):
     done = outcomes[command]
-    if command == "python play_breakout.py" and not SHIPPED:
-        assert done.returncode == 1 and "no policy to play" in done.stderr
-        return
     assert done.returncode == (1 if command.startswith("diff") else 0), done.stderr
-    assert done.stdout or command.startswith("cp")
-    assert "Traceback" not in done.stderr
-    if command.startswith("python"):
+    assert done.stdout and "Traceback" not in done.stderr
+    if "python" in command:
         run_dir = folder / re.findall(r"runs/\S+", done.stdout)[-1]
         assert (run_dir / "result.json").exists()
 
 
+def test_every_script_has_a_command_in_a_block():
+    assert {script for script, _ in calls(COMMANDS)} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize(("program", "arguments"), [c for c in MENTIONED if c[0] in SCRIPTS])
+def test_a_command_in_the_text_is_accepted(program, arguments):
+    parse(program, arguments)
+
+
+@pytest.mark.parametrize("name", ["docs/book.md", "docs/book.ja.md"])
+def test_the_map_of_the_book_has_every_script_and_flags_that_it_accepts(name):
+    """Rows of section, command, and flags that go back to the book's settings."""
+    header, *rows = tables(name)[0]
+    assert len(header) == 3 and len(rows) == 9
+    found = sum((calls([f"{command} {book}".replace("`", "")]) for _, command, book in rows), [])
+    assert len(found) == 9 and {script for script, _ in found} == set(SCRIPTS)
+    for script, arguments in found:
+        parse(script, arguments)
+
+
 def test_the_python_example(folder):
-    [code] = set(sum((re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S) for text in TEXTS), []))
+    [code] = [content for language, content in blocks("README.md") if language == "python"]
     assert "1_000_000" in code
     (folder / "example.py").write_text(code.replace("1_000_000", "160"))
     done = run(folder, "python example.py")

@@ -83,7 +83,7 @@ class Args:
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
-            (min(self.num_envs, self.num_steps) >= 1, "--num-envs and --num-steps must be 1 or more"),
+            (min(self.num_envs, self.num_steps) >= 1, "--num-envs, --num-steps must be 1 or more"),
             (self.num_envs * self.num_steps <= 10**7, "--num-envs * --num-steps: 10**7 at most"),
             (self.total_timesteps >= 1, "--total-timesteps must be 1 or more"),
             (self.eval_episodes >= 1, "--eval-episodes must be 1 or more"),

@@ -151,36 +151,26 @@ def test(network: nn.Module, loader: DataLoader) -> int:
 class Args:
     """Train a small network on the handwritten digits of MNIST."""
 
-    seed: int = 0
-    """seed of PyTorch (first weights, order of the images), from 0 to 2**32 - 1"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network lives; auto takes CUDA when there is one"""
-    runs_dir: Path = Path("runs")
-    """folder in which the run's own folder is made"""
-    data_dir: Path = Path("data/mnist")
-    """folder of the four MNIST files; what is missing there is downloaded"""
-    epochs: int = 3
-    """passes over the training images, from 1"""
-    learning_rate: float = 0.01
-    """step size of Adam, above 0"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to 0; the book keeps it"""
-    batch_size: int = 64
-    """images in an update, from 1 to 60000"""
-    hidden_size: int = 100
-    """units in each of the two hidden layers, from 1 to 4096"""
-    image_index: int = 2020
-    """the test image that is classified and drawn at the end, from 0 to 9999"""
+    seed: int = 0  # seed of PyTorch (first weights, order of the images), from 0 to 2**32 - 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
+    runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
+    data_dir: Path = Path("data/mnist")  # folder of the four files; what is missing is downloaded
+    epochs: int = 3  # passes over the training images, from 1
+    learning_rate: float = 0.01  # step size of Adam, above 0
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0; the book keeps it
+    batch_size: int = 64  # images in an update, from 1 to 60000
+    hidden_size: int = 100  # units in each of the two hidden layers, from 1 to 4096
+    image_index: int = 2020  # the test image to classify and draw at the end, from 0 to 9999
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         for good, rule in [
-            (0 <= self.seed < 2**32, "seed: from 0 to 2**32 - 1"),
-            (self.epochs >= 1, "epochs: 1 or more"),
-            (0 < self.learning_rate < float("inf"), "learning-rate: above 0, and finite"),
-            (1 <= self.batch_size <= 60_000, "batch-size: from 1 to 60000"),
-            (1 <= self.hidden_size <= 4096, "hidden-size: from 1 to 4096"),
-            (0 <= self.image_index < 10_000, "image-index: from 0 to 9999"),
-            (self.device != "cuda" or torch.cuda.is_available(), "device: there is no CUDA here"),
+            (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
+            (self.epochs >= 1, "--epochs must be 1 or more"),
+            (0 < self.learning_rate < float("inf"), "--learning-rate must be above 0 and finite"),
+            (1 <= self.batch_size <= 60_000, "--batch-size must be from 1 to 60000"),
+            (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
+            (0 <= self.image_index < 10_000, "--image-index must be from 0 to 9999"),
+            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA here"),
         ]:
             if not good:
                 raise ValueError(rule)

@@ -125,6 +125,12 @@ def saved_update(run_dir: Path) -> int:
         return -1
 
 
+def check_exit(process: subprocess.Popen, run_dir: Path) -> None:
+    if process.returncode:
+        log = run_dir.with_suffix(".log").read_text()
+        raise SystemExit(f"a run that nobody killed failed:\n{log}")
+
+
 def run_to_the_end(run_dir: Path) -> float:
     """Starts or resumes the run and lets it finish. Returns the seconds to the first step."""
     started, process = time.monotonic(), start(run_dir)
@@ -135,9 +141,7 @@ def run_to_the_end(run_dir: Path) -> float:
     finally:  # also when the benchmark itself is interrupted
         process.kill()
         wait_until_gone(process)
-    if process.returncode:
-        log = run_dir.with_suffix(".log").read_text()
-        raise SystemExit(f"a run that nobody killed failed:\n{log}")
+    check_exit(process, run_dir)
     return startup
 
 
@@ -149,6 +153,7 @@ def kill_once(run_dir: Path, startup: float, rng: random.Random) -> dict | None:
     started, process = time.monotonic(), start(run_dir)
     try:
         if not wait_for(file, rng.uniform(0, longest or startup), process, run_dir):
+            check_exit(process, run_dir)
             return None
         actors = [pid for pid in processes(process.pid) if pid != process.pid]
         if not actors:
@@ -222,7 +227,9 @@ def main() -> None:
         print(f"exit codes after {name}, and how often: {dict(codes)}")
     seconds = [float(row["seconds_to_end"]) for row in rows]
     print(f"to the last process's end: median {statistics.median(seconds)} s, max {max(seconds)} s")
-    sys.exit("FAILED\n" + "\n".join(failures) if failures else "all as it must be" and 0)
+    if failures:
+        sys.exit("FAILED\n" + "\n".join(failures))
+    print("all as it must be")
 
 
 if __name__ == "__main__":

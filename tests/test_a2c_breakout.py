@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -335,14 +336,6 @@ def test_weights_with_the_books_names_and_shapes_load():
     assert torch.equal(network.actor.bias, book["actor.bias"])
 
 
-def test_the_learning_rate_falls_to_0_or_stays():
-    args = a2c.Args(total_timesteps=800)
-    rates = [a2c.learning_rate(args, update) for update in range(10)]
-    assert rates == pytest.approx([7e-4 * (10 - update) / 10 for update in range(10)])
-    args.anneal_lr = False
-    assert {a2c.learning_rate(args, update) for update in range(10)} == {7e-4}
-
-
 # ---- the actors ----
 
 
@@ -356,13 +349,12 @@ def test_actors_fill_the_rollout_with_transitions_of_the_game(method, monkeypatc
     torch.manual_seed(0)
     network, seen, games = a2c.ActorCritic(4).share_memory(), [], []
     with a2c.start_actors(args, network, storage) as tell:
-        pids = children(os.getpid())
+        pids = [process.pid for process in multiprocessing.active_children()]
         for update in range(2):
             games += tell("rollout", update)
             seen.append([array.clone() for array in vars(storage).values()])
-    assert gone(pids) and len(pids) >= 2
-    observations, actions, rewards, masks = (torch.cat(parts) for parts in zip(*seen))
-    del observations  # two rollouts share the step between them: looked at one by one below
+    assert gone(pids) and len(pids) == 2
+    _, actions, rewards, masks = (torch.cat(parts) for parts in zip(*seen))
     expected_games = []
     seeds = np.random.SeedSequence(11).generate_state(N)
     for i in range(N):
@@ -388,7 +380,7 @@ def test_actors_fill_the_rollout_with_transitions_of_the_game(method, monkeypatc
 def test_a_dead_actor_is_reported():
     args, storage = a2c.Args(num_envs=2), a2c.RolloutStorage(1, 2)
     with a2c.start_actors(args, a2c.ActorCritic(4), storage) as tell:
-        pids = children(os.getpid())
+        pids = [process.pid for process in multiprocessing.active_children()]
         os.kill(pids[-1], signal.SIGKILL)
         with pytest.raises(ValueError, match=f"actor process {pids[-1]} died"):
             for update in range(100):
@@ -444,8 +436,8 @@ def test_a_run_leaves_all_its_files(finished):
 
 
 def test_a_run_logs_its_curves(finished):
-    for tag in ("charts/SPS", "charts/learning_rate", "losses/value_loss", "losses/policy_loss",
-                "losses/entropy"):  # fmt: skip
+    losses = [f"losses/{name}" for name in ("value_loss", "policy_loss", "entropy")]
+    for tag in ["charts/SPS", "charts/learning_rate", *losses]:
         assert [step for step, _ in points(finished, tag)] == [20, 120], tag
     rates = [rate for _, rate in points(finished, "charts/learning_rate")]
     assert rates == pytest.approx([7e-4, 3.5e-4])
@@ -466,8 +458,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path, finished):
     assert not same(weights, train(tmp_path, seed=2))
 
 
-@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e3])
-@pytest.mark.parametrize("average_decay", [0.6, 0.0])
+@pytest.mark.parametrize(("max_grad_norm", "average_decay"), [(1e-3, 0.6), (1e3, 0.0)])
 def test_an_update_is_the_clipped_gradient_of_the_whole_loss_and_every_tenth_is_averaged(
     tmp_path, monkeypatch, max_grad_norm, average_decay
 ):
@@ -508,11 +499,11 @@ def test_an_update_is_the_clipped_gradient_of_the_whole_loss_and_every_tenth_is_
     assert not average_decay or same(checkpoint["averaged"], kept)
 
 
-@pytest.mark.parametrize("clip_rewards", [True, False])
+@pytest.mark.parametrize(("clip_rewards", "seen_by_loss"), [(True, {0, -1}), (False, {0, -7})])
 def test_the_loss_sees_the_sign_of_a_reward_and_the_curves_see_the_points(
-    tmp_path, monkeypatch, clip_rewards
+    tmp_path, monkeypatch, clip_rewards, seen_by_loss
 ):
-    """In a Breakout in which each brick costs 7 points; a game ends after 20 idle decisions."""
+    """In a game in which a move to the right costs 7 points, and that ends after 5 without."""
     seen, compute_returns, step = set(), a2c.compute_returns, a2c.MaxAndSkip.step
 
     def spied_returns(rewards, *rest):
@@ -520,27 +511,27 @@ def test_the_loss_sees_the_sign_of_a_reward_and_the_curves_see_the_points(
         return compute_returns(rewards, *rest)
 
     def expensive_step(env, action):
-        frames, reward, *rest = step(env, action)
-        return frames, -7 * reward, *rest
+        frames, _, *rest = step(env, action)
+        return frames, -7.0 * (action == 2), *rest
 
     monkeypatch.setattr(a2c, "compute_returns", spied_returns)
     monkeypatch.setattr(a2c.MaxAndSkip, "step", expensive_step)  # forked actors have it too
-    train(tmp_path, total_timesteps=2000, max_idle_steps=20, clip_rewards=clip_rewards)
-    assert seen == ({0, -1} if clip_rewards else {0, -7})
+    train(tmp_path, max_idle_steps=5, clip_rewards=clip_rewards)
+    assert seen == seen_by_loss
     (run_dir,) = tmp_path.iterdir()
     scores = {score for _, score in points(run_dir, "charts/episodic_return")}
-    assert -7 in scores and all(score % 7 == 0 for score in scores)
-    assert min(length for _, length in points(run_dir, "charts/episodic_length")) == 20
+    assert min(scores) <= -7 and all(score % 7 == 0 for score in scores)
+    assert min(length for _, length in points(run_dir, "charts/episodic_length")) == 5
 
 
 def test_whole_games_are_logged_once_each(tmp_path):
     """Games of five lives, each at the timestep of its last decision."""
-    result = a2c.train(a2c.Args(num_envs=4, total_timesteps=2800, runs_dir=tmp_path))
+    result = a2c.train(a2c.Args(num_envs=4, total_timesteps=1800, runs_dir=tmp_path))
     (run_dir,) = tmp_path.iterdir()
     returns, lengths = (points(run_dir, f"charts/episodic_{what}") for what in ("return", "length"))
-    assert len(returns) == len(lengths) == result["games"] > 4
+    assert len(returns) == len(lengths) == result["games"] > 3
     steps = [step for step, _ in returns]
-    assert steps == sorted(set(steps)) and 0 < steps[0] and steps[-1] <= 2800
+    assert steps == sorted(set(steps)) and 0 < steps[0] and steps[-1] <= 1800
     assert result["mean_return"] == pytest.approx(np.mean([score for _, score in returns]))
     assert min(length for _, length in lengths) > 5 * 15  # five lives, not one
 
@@ -583,11 +574,11 @@ def test_a_file_is_whole_on_the_disk_before_its_name_and_the_name_before_we_go_o
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_envs": 0}, "--num-envs must be from 1, not 0"),
+        ({"num_envs": 0}, "--num-envs must be 1 or more, not 0"),
         ({"num_envs": -3}, "--num-envs"),
         ({"num_steps": 0}, "--num-steps"),
         ({"total_timesteps": 79}, "--total-timesteps"),
-        ({"max_idle_steps": -1}, "--max-idle-steps must be from 0"),
+        ({"max_idle_steps": -1}, "--max-idle-steps must be 0 or more"),
         ({"average_decay": 1.0}, "--average-decay must be from 0 to below 1"),
         ({"rmsprop_alpha": -0.1}, "--rmsprop-alpha"),
         ({"gamma": float("nan")}, "--gamma must be from 0 to 1, not nan"),
@@ -623,7 +614,6 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, changes, message):
 def test_bad_input_is_one_message_on_the_command_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "Not a directory" in one_line(run("--runs-dir", tmp_path / "file"))
-    assert "--env-id" in one_line(run("--env-id", "Pong-v4", "--runs-dir", tmp_path / "runs"))
     refused = run("--gamma", "nan", "--runs-dir", tmp_path / "runs")
     assert refused.returncode == 2 and "--gamma must be from 0 to 1, not nan" in refused.stderr
     assert "Traceback" not in refused.stderr and not (tmp_path / "runs").exists()
@@ -687,8 +677,8 @@ def counted(*arguments):
     sizes.append(int(open("/proc/self/statm").read().split()[1]))
     return losses(*arguments)
 a2c.compute_losses = counted
-a2c.train(a2c.Args(num_envs=4, total_timesteps=3200, log_every=10, runs_dir=a2c.Path(sys.argv[1])))
-print(max(sizes[40:80]), max(sizes[-40:]))
+a2c.train(a2c.Args(num_envs=4, total_timesteps=2000, log_every=10, runs_dir=a2c.Path(sys.argv[1])))
+print(max(sizes[20:50]), max(sizes[-30:]))
 """
     process = run("-c", code, tmp_path, script="-u")
     early, late = map(int, process.stdout.splitlines()[-1].split())

@@ -304,11 +304,11 @@ class ActorCritic(nn.Module):
         return self.critic(features).squeeze(-1), self.actor(features)
 
 
-# ---- rollout: the actors -------------------------------------------------------
+# ---- rollout: the workers ------------------------------------------------------
 
 
 class RolloutStorage:
-    """T steps of N environments, in memory that the actors write and the learner reads."""
+    """T steps of N environments, in memory that the workers write and the learner reads."""
 
     def __init__(self, num_steps: int, num_envs: int):
         T, N = num_steps, num_envs
@@ -319,7 +319,7 @@ class RolloutStorage:
         self.masks = torch.zeros(T, N).share_memory_()  # 0 where the step ended an episode, else 1
 
 
-class Actor:
+class Worker:
     """Plays the environments of the given indices, with one thread and the shared network."""
 
     def __init__(self, args, network: ActorCritic, storage: RolloutStorage, indices: range):
@@ -391,57 +391,57 @@ class Actor:
             env.unwrapped.ale.restoreSystemState(ale_py.ALEState(state["emulator"]))
             env.unwrapped.np_random.bit_generator.state = state["generator"]
             self.storage.observations[-1, index] = state["frames"]
-        return []
+        return []  # tell_workers joins lists
 
 
-def run_actor(connection, parents_end, *actor_args) -> None:
-    """An actor's process: does what it is told, until its parent is gone."""
+def run_worker(worker_end, parent_end, *worker_args) -> None:
+    """A worker's process: does what it is told, until its parent is gone."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # it is the parent that is asked to stop
-    parents_end.close()
-    actor = Actor(*actor_args)
+    parent_end.close()
+    worker = Worker(*worker_args)
     with suppress(EOFError, OSError):
         while True:
-            method, *arguments = connection.recv()
-            connection.send(getattr(actor, method)(*arguments))
+            method, *arguments = worker_end.recv()
+            worker_end.send(getattr(worker, method)(*arguments))
 
 
 @contextmanager
-def start_actors(args: Args, network: ActorCritic, storage: RolloutStorage):
-    """Starts an actor for each core. Yields a function that has all of them call a method.
+def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage):
+    """Starts a worker for each core. Yields tell_workers(method, *arguments).
 
-    The function joins their answers in the order of the environments, and raises ValueError when
-    an actor has died.
+    It has all of them call that method of Worker, joins the answers in the order of the
+    environments, and raises ValueError when a worker has died.
     """
     # macOS cannot fork safely, Windows not at all.
     context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    num_envs = storage.actions.shape[1]
-    num_actors = min(torch.get_num_threads(), num_envs)
-    actors = []
+    num_envs = storage.actions.shape[1]  # those of this rank
+    num_workers = min(torch.get_num_threads(), num_envs)
+    workers = []
 
-    def tell(method: str, *arguments) -> list[Any]:
+    def tell_workers(method: str, *arguments) -> list[Any]:
         answers = []
         try:
-            for process, connection in actors:
-                connection.send((method, *arguments))
-            for process, connection in actors:
-                answers += connection.recv()
+            for process, parent_end in workers:
+                parent_end.send((method, *arguments))
+            for process, parent_end in workers:
+                answers += parent_end.recv()
         except (EOFError, OSError):
-            raise ValueError(f"actor process {process.pid} died; --resume goes on") from None
+            raise ValueError(f"worker process {process.pid} died; --resume goes on") from None
         return answers
 
     try:
-        for i in range(num_actors):
-            indices = range(i * num_envs // num_actors, (i + 1) * num_envs // num_actors)
-            ours, theirs = context.Pipe()
-            actor_args = (theirs, ours, args, network, storage, indices)
-            process = context.Process(target=run_actor, args=actor_args, daemon=True)
+        for i in range(num_workers):
+            indices = range(i * num_envs // num_workers, (i + 1) * num_envs // num_workers)
+            parent_end, worker_end = context.Pipe()
+            worker_args = (worker_end, parent_end, args, network, storage, indices)
+            process = context.Process(target=run_worker, args=worker_args, daemon=True)
             process.start()
-            theirs.close()  # the actor has the only other end: if it dies, we read an end of file
-            actors.append((process, ours))
-        yield tell
+            worker_end.close()  # only the worker holds it now: if it dies, recv() ends
+            workers.append((process, parent_end))
+        yield tell_workers
     finally:
-        for process, _ in actors:
+        for process, _ in workers:
             process.kill()
             process.join()
 
@@ -477,10 +477,10 @@ def compute_losses(
     return value_loss, policy_loss, entropy
 
 
-def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors, run) -> None:
+def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_workers, run) -> None:
     """Trains until the end or a stop signal; the run (a Run, below) logs and saves.
 
-    On a CPU the learner's weights are the memory from which the actors read; on CUDA they are
+    On a CPU the learner's weights are the memory from which the workers read; on CUDA they are
     copied there for each rollout. Raises ValueError when a gradient is not finite.
     """
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
@@ -488,7 +488,7 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors
     averaged = copy.deepcopy(learner).requires_grad_(False)
     parameters = list(learner.parameters())
     optimizer = torch.optim.RMSprop(parameters, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps)
-    run.begin({"network": learner, "averaged": averaged, "optimizer": optimizer}, tell_actors)
+    run.begin({"network": learner, "averaged": averaged, "optimizer": optimizer}, tell_workers)
     num_updates = args.total_timesteps // (args.num_envs * args.num_steps)
 
     for update in range(run.progress["update"], num_updates):
@@ -498,7 +498,7 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors
         # 1. rollout: T steps in each of N environments, into the storage
         if args.cuda:
             network.load_state_dict(learner.state_dict())
-        run.games += tell_actors("rollout", update)
+        run.games += tell_workers("rollout", update)
 
         # 2. returns: (T, N)
         with torch.no_grad():
@@ -537,7 +537,7 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_actors
         if (update + 1) % args.save_every == 0:
             run.save_weights(f"weight_{update + 1}.pth")
         if (update + 1) % args.checkpoint_every == 0 or stop or update + 1 == num_updates:
-            run.save_checkpoint(tell_actors)
+            run.save_checkpoint(tell_workers)
         if stop:
             break
 
@@ -590,8 +590,8 @@ class Run:
     def timesteps(self) -> int:
         return self.progress["update"] * self.args.num_envs * self.args.num_steps
 
-    def begin(self, parts: dict[str, Any], tell_actors) -> None:
-        """Restores the network, its average, the optimizer and the actors, or saves them."""
+    def begin(self, parts: dict[str, Any], tell_workers) -> None:
+        """Restores the network, its average, the optimizer and the workers, or saves them."""
         self.parts, checkpoint, folder = parts, self.checkpoint, self.folder
         if len(set(gather(self.timesteps))) > 1:
             raise ValueError("the ranks see different checkpoints: do they share a disk?")
@@ -605,13 +605,13 @@ class Run:
             print(f"{parts['network']}\n{self.args.env_id} on {self.machine}, in {folder}")
         if not checkpoint:
             self.save_weights("weight_0.pth")
-            self.save_checkpoint(tell_actors)  # now, so that a full disk shows now
+            self.save_checkpoint(tell_workers)  # now, so that a full disk shows now
             return
         try:
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             first = RANK * self.args.num_envs // WORLD_SIZE
-            tell_actors("load_state_dict", checkpoint["envs"][first:])
+            tell_workers("load_state_dict", checkpoint["envs"][first:])
         except (KeyError, TypeError, RuntimeError):
             raise ValueError(f"{folder / 'checkpoint.pth'} is not of this version") from None
         if RANK == 0 and checkpoint["machine"] != self.machine:
@@ -653,10 +653,10 @@ class Run:
         if RANK == 0:
             save(self.folder / name, kept.state_dict())
 
-    def save_checkpoint(self, tell_actors) -> None:
+    def save_checkpoint(self, tell_workers) -> None:
         """Saves all that the rest of the run depends on."""
         self.log_games()
-        envs = sum(gather(tell_actors("state_dict")), [])
+        envs = sum(gather(tell_workers("state_dict")), [])
         if RANK == 0:
             self.writer.flush()
             state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -754,7 +754,7 @@ def load_checkpoint(folder: Path, args: Args) -> dict[str, Any] | None:
 def stop_requests(received: list[int]):
     """Ctrl-C and SIGTERM add their number to a list, and the update under way is finished.
 
-    A second one ends everything at once, in case an actor hangs.
+    A second one ends everything at once, in case a worker hangs.
     """
 
     def receive(signum, _):
@@ -793,10 +793,10 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)  # the same network on all ranks
     network = ActorCritic(num_actions, args.bf16).share_memory()
     run = Run(args)
-    with stop_requests(run.stop_signals), start_actors(args, network, storage) as tell_actors:
+    with stop_requests(run.stop_signals), start_workers(args, network, storage) as tell_workers:
         if WORLD_SIZE > 1:
             dist.init_process_group()  # after the fork, which would copy its threads' locks
-        learn(args, network, storage, tell_actors, run)
+        learn(args, network, storage, tell_workers, run)
     progress = run.progress
     result = {
         "seed": args.seed,

@@ -13,7 +13,7 @@ up. The moments:
     checkpoint  as soon as its temporary file appears, and up to 30 ms later
     end         as soon as weight_end.pth or its temporary file appears, and up to 300 ms later
 
-and what is sent: SIGKILL, SIGTERM or SIGINT to the program, or SIGKILL to one of its actors (to
+and what is sent: SIGKILL, SIGTERM or SIGINT to the program, or SIGKILL to one of its workers (to
 the program itself as long as it has none). After each kill all its processes must be gone within
 a minute, the checkpoint must load and be no older than before, and no traceback may have been
 printed. After each run that got to its end, the weights must have the reference's hash, and every
@@ -53,7 +53,7 @@ MOMENTS = {  # name: (how often, the file that announces it, at most so many sec
     "checkpoint": (25, "checkpoint.pth.tmp", 0.03),
     "end": (10, "weight_end.pth*", 0.3),
 }
-SIGNALS = {"SIGKILL": 40, "SIGTERM": 20, "SIGINT": 20, "actor SIGKILL": 20}  # name: how often
+SIGNALS = {"SIGKILL": 40, "SIGTERM": 20, "SIGINT": 20, "worker SIGKILL": 20}  # name: how often
 PATIENCE = 60  # seconds
 COLUMNS = "kill run moment signal seconds update_reached update_saved exit_code".split()
 COLUMNS += ["seconds_to_end", "left_behind", "traceback"]
@@ -155,10 +155,10 @@ def kill_once(run_dir: Path, startup: float, rng: random.Random) -> dict | None:
         if not wait_for(file, rng.uniform(0, longest or startup), process, run_dir):
             check_exit(process, run_dir)
             return None
-        actors = [pid for pid in processes(process.pid) if pid != process.pid]
-        if not actors:
+        workers = [pid for pid in processes(process.pid) if pid != process.pid]
+        if not workers:
             name = name.removeprefix("actor ")
-        target = rng.choice(actors) if name.startswith("actor") else process.pid
+        target = rng.choice(workers) if name.startswith("actor") else process.pid
         os.kill(target, getattr(signal, name.removeprefix("actor ")))
         killed = time.monotonic()
         left_behind = wait_until_gone(process)

@@ -1,4 +1,4 @@
-"""The resident memory of a2c_breakout.py and of its actors while it trains. Linux only.
+"""The resident memory of a2c_breakout.py and of its workers while it trains. Linux only.
 
     python benchmarks/breakout_memory.py                             # 200,000 timesteps
     python benchmarks/breakout_memory.py --resume runs/long          # any flags of the script
@@ -41,8 +41,8 @@ def main() -> None:
         print(line, end="", flush=True)
         if line.startswith("finished timesteps"):
             timestep = int(line.split()[2].rstrip(","))
-            actors = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            sizes = [resident_megabytes(process.pid), sum(map(resident_megabytes, actors))]
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            sizes = [resident_megabytes(process.pid), sum(map(resident_megabytes, workers))]
             rows.append([timestep, *(round(size, 1) for size in sizes)])
     if process.wait():
         sys.exit(process.returncode)

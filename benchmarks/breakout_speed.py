@@ -13,7 +13,7 @@ them all; each reports its own timesteps a second, without its start-up. What co
 over the rounds of the ratio to Stable-Baselines3 in the same round. In every round there are also
 
 - a2c_breakout.py with a stopwatch in it: the shares of acting, emulators (with their wrappers),
-  waiting for the slower actor, update and the rest;
+  waiting for the slower worker, update and the rest;
 - the raw emulator, four times ale.act per decision on all cores, and the bare network, 6 acting
   passes and an update on random frames. One after the other and with nothing around them they
   would make 1 / (1/emulator + 1/network) steps a second: what the machine allows.
@@ -92,7 +92,7 @@ def time_ours(timesteps: int, bf16: bool) -> dict:
 
 
 def time_parts(timesteps: int, bf16: bool) -> dict:
-    """a2c_breakout.py again, with stopwatches in the actors and around the learner's calls."""
+    """a2c_breakout.py again, with stopwatches in the workers and around the learner's calls."""
     import a2c_breakout
 
     seconds = dict.fromkeys(["act", "rollout", "told", "learn"], 0.0)
@@ -106,18 +106,18 @@ def time_parts(timesteps: int, bf16: bool) -> dict:
 
         return watched
 
-    class TimedActor(a2c_breakout.Actor):  # in the actors' processes
-        act = watch("act", a2c_breakout.Actor.act)
-        rollout = watch("rollout", a2c_breakout.Actor.rollout)
+    class TimedWorker(a2c_breakout.Worker):  # in the workers' processes
+        act = watch("act", a2c_breakout.Worker.act)
+        rollout = watch("rollout", a2c_breakout.Worker.rollout)
 
         def times(self):
             return [(seconds["act"], seconds["rollout"])]
 
-    start_actors, spent = a2c_breakout.start_actors, []
+    start_workers, spent = a2c_breakout.start_workers, []
 
     @contextmanager
-    def start_timed_actors(*args):
-        with start_actors(*args) as tell:
+    def start_timed_workers(*args):
+        with start_workers(*args) as tell:
             timed = watch("told", tell)
 
             def tell_timed(method, *arguments):
@@ -126,7 +126,7 @@ def time_parts(timesteps: int, bf16: bool) -> dict:
             yield tell_timed
             spent.extend(tell("times"))
 
-    a2c_breakout.Actor, a2c_breakout.start_actors = TimedActor, start_timed_actors
+    a2c_breakout.Worker, a2c_breakout.start_workers = TimedWorker, start_timed_workers
     update_calls = {"compute_losses": a2c_breakout, "clip_grad_norm_": a2c_breakout.nn.utils}
     update_calls |= {"backward": a2c_breakout.Tensor, "step": a2c_breakout.torch.optim.RMSprop}
     for name, owner in update_calls.items():

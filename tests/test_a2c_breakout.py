@@ -1,4 +1,4 @@
-"""a2c_breakout.py: the wrappers, the arithmetic, the actors and a whole run; the game is real."""
+"""a2c_breakout.py: the wrappers, the arithmetic, the workers and a whole run; the game is real."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ TINY = ["--num-envs", "4", "--total-timesteps", "200"]  # 10 updates
 
 
 @pytest.fixture(autouse=True)
-def two_actors():
+def two_workers():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -37,7 +37,7 @@ def two_actors():
 
 
 def run(*flags, script=SCRIPT, timeout=120, **kwargs):
-    """Runs the script as a user would, with two actors, and returns the finished process."""
+    """Runs the script as a user would, with two workers, and returns the finished process."""
     command = [sys.executable, str(script), *map(str, flags)]
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     kwargs = {"capture_output": True, "text": True, "timeout": timeout, "env": env} | kwargs
@@ -272,8 +272,8 @@ def test_returns_equal_a_brute_force_sum_and_stop_at_the_end_of_an_episode():
 def test_actions_are_drawn_with_the_probabilities_of_the_policy():
     probs, n = torch.tensor([0.05, 0.15, 0.3, 0.5]), 40_000
     env = SimpleNamespace(unwrapped=SimpleNamespace(np_random=np.random.default_rng(0)))
-    actor = SimpleNamespace(network=lambda _: (None, probs.log().expand(n, 4)), envs=[env] * n)
-    counts = np.bincount(a2c.Actor.act(actor, None), minlength=4)
+    worker = SimpleNamespace(network=lambda _: (None, probs.log().expand(n, 4)), envs=[env] * n)
+    counts = np.bincount(a2c.Worker.act(worker, None), minlength=4)
     expected = n * probs.numpy()
     # chi-square, 3 degrees of freedom, p = 0.001
     assert ((counts - expected) ** 2 / expected).sum() < 16.3
@@ -336,11 +336,11 @@ def test_weights_with_the_books_names_and_shapes_load():
     assert torch.equal(network.actor.bias, book["actor.bias"])
 
 
-# ---- the actors ----
+# ---- the workers ----
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_actors_fill_the_rollout_with_transitions_of_the_game(method, monkeypatch):
+def test_workers_fill_the_rollout_with_transitions_of_the_game(method, monkeypatch):
     """Each environment played again here, alone: same draws, and no reset step is a transition."""
     context = torch.multiprocessing.get_context(method)
     monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: context)
@@ -348,7 +348,7 @@ def test_actors_fill_the_rollout_with_transitions_of_the_game(method, monkeypatc
     args, storage = a2c.Args(seed=11, num_envs=N, num_steps=T), a2c.RolloutStorage(T, N)
     torch.manual_seed(0)
     network, seen, games = a2c.ActorCritic(4).share_memory(), [], []
-    with a2c.start_actors(args, network, storage) as tell:
+    with a2c.start_workers(args, network, storage) as tell:
         pids = [process.pid for process in multiprocessing.active_children()]
         for update in range(2):
             games += tell("rollout", update)
@@ -377,9 +377,9 @@ def test_actors_fill_the_rollout_with_transitions_of_the_game(method, monkeypatc
     assert not masks.all() and rewards.any() and sorted(games) == sorted(expected_games) != []
 
 
-def test_a_dead_actor_is_reported():
+def test_a_dead_worker_is_reported():
     args, storage = a2c.Args(num_envs=2), a2c.RolloutStorage(1, 2)
-    with a2c.start_actors(args, a2c.ActorCritic(4), storage) as tell:
+    with a2c.start_workers(args, a2c.ActorCritic(4), storage) as tell:
         pids = [process.pid for process in multiprocessing.active_children()]
         os.kill(pids[-1], signal.SIGKILL)
         with pytest.raises(ValueError, match=f"actor process {pids[-1]} died"):
@@ -400,7 +400,7 @@ def test_no_two_environments_of_neighbouring_runs_share_a_seed(monkeypatch):
     storage = a2c.RolloutStorage(1, 16)
     for run_seed in (1, 2, 3):
         for indices in (range(0, 5), range(5, 16)):
-            a2c.Actor(a2c.Args(seed=run_seed), None, storage, indices)
+            a2c.Worker(a2c.Args(seed=run_seed), None, storage, indices)
     assert len(seeds) == len(set(seeds)) == 48
 
 
@@ -515,7 +515,7 @@ def test_the_loss_sees_the_sign_of_a_reward_and_the_curves_see_the_points(
         return frames, -7.0 * (action == 2), *rest
 
     monkeypatch.setattr(a2c, "compute_returns", spied_returns)
-    monkeypatch.setattr(a2c.MaxAndSkip, "step", expensive_step)  # forked actors have it too
+    monkeypatch.setattr(a2c.MaxAndSkip, "step", expensive_step)  # forked workers have it too
     train(tmp_path, max_idle_steps=5, clip_rewards=clip_rewards)
     assert seen == seen_by_loss
     (run_dir,) = tmp_path.iterdir()
@@ -621,35 +621,35 @@ def test_bad_input_is_one_message_on_the_command_line(tmp_path):
 
 def test_ctrl_c_saves_and_exits(tmp_path):
     process = start("--num-envs", 4, "--runs-dir", tmp_path)
-    actors = children(process.pid)
-    for pid in [process.pid, *actors]:
+    workers = children(process.pid)
+    for pid in [process.pid, *workers]:
         os.kill(pid, signal.SIGINT)  # a terminal sends it to all of them
     output, errors = process.communicate(timeout=30)
-    assert process.returncode == 0 and errors == "" and gone(actors)
+    assert process.returncode == 0 and errors == "" and gone(workers)
     (run_dir,) = tmp_path.iterdir()
     end = f" timesteps are done; --resume {run_dir} goes on. Everything is in {run_dir}\n"
     assert output.endswith(end)
     assert {"checkpoint.pth", "weight_end.pth", "result.json"} <= set(os.listdir(run_dir))
 
 
-def test_a_second_ctrl_c_ends_a_run_whose_actor_hangs(tmp_path):
+def test_a_second_ctrl_c_ends_a_run_whose_worker_hangs(tmp_path):
     process = start("--num-envs", 4, "--runs-dir", tmp_path)
-    actors = children(process.pid)
-    os.kill(actors[0], signal.SIGSTOP)
+    workers = children(process.pid)
+    os.kill(workers[0], signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 128 + signal.SIGINT
-    assert gone(actors, seconds=10) and process.communicate()[1] == ""
+    assert gone(workers, seconds=10) and process.communicate()[1] == ""
 
 
 def test_a_killed_parent_leaves_nothing_running(tmp_path):
     process = start("--num-envs", 4, "--runs-dir", tmp_path)
-    actors = children(process.pid)
+    workers = children(process.pid)
     process.kill()
     assert process.communicate(timeout=30)[1] == ""
-    assert len(actors) == 2 and gone(actors)
+    assert len(workers) == 2 and gone(workers)
 
 
 def test_ctrl_c_while_it_starts_prints_no_traceback(tmp_path):

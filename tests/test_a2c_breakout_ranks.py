@@ -7,7 +7,7 @@ import sys
 import time
 
 import torch
-from test_a2c_breakout import SCRIPT, children, gone, points, two_actors  # noqa: F401
+from test_a2c_breakout import SCRIPT, children, gone, points, two_workers  # noqa: F401
 from test_a2c_breakout_resume import SHORT, stop_at, train, update_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -113,11 +113,11 @@ def test_one_rank_dying_ends_all_and_the_run_can_go_on(tmp_path):
     while not (tmp_path / "run" / "checkpoint.pth").exists() and time.time() < deadline:
         time.sleep(0.1)
     ranks = children(process.pid)
-    actors = [actor for rank in ranks for actor in children(rank)]
-    assert len(ranks) == 2 and len(actors) >= 2
+    workers = [worker for rank in ranks for worker in children(rank)]
+    assert len(ranks) == 2 and len(workers) >= 2
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(timeout=60) != 0
-    assert gone(ranks + actors)
+    assert gone(ranks + workers)
     update = update_of(tmp_path / "run")
     assert update % 5 == 0
     train(tmp_path / "run", "--total-timesteps", 20 * (update + 5))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_a2c_breakout import (  # noqa: F401
-    SCRIPT, children, gone, one_line, points, run, start, two_actors,
+    SCRIPT, children, gone, one_line, points, run, start, two_workers,
 )  # fmt: skip
 
 import a2c_breakout as a2c
@@ -85,14 +85,14 @@ def test_six_interruptions_leave_no_trace(whole, tmp_path):
     run_dir, moments = tmp_path / "interrupted", random.Random(time.time_ns())
     for signum in 2 * [signal.SIGTERM, signal.SIGKILL, signal.SIGINT]:
         process = start(*FLAGS, "--resume", run_dir, until=f"in {run_dir}")
-        actors = children(process.pid)
+        workers = children(process.pid)
         time.sleep(moments.uniform(0, 0.5))
         process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
         # 0: it had finished already, which only a much faster machine does
         code = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 0}[signum]
         assert process.returncode in (code, 0)
-        assert errors == "" and len(actors) == 2 and gone(actors)
+        assert errors == "" and len(workers) == 2 and gone(workers)
     assert run("--resume", run_dir).returncode == 0  # its flags are in args.json
     assert ending(run_dir) == ending(whole)
 
@@ -160,7 +160,7 @@ def test_a_constant_rate_goes_on_as_long_as_one_wants(tmp_path):
         train(tmp_path / "longer", "--total-timesteps", 300)
 
 
-def test_a_run_goes_on_with_another_number_of_actors(tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path, monkeypatch, capsys):
     """The same games go on; only the rounding differs, and the run says so."""
     train(tmp_path / "one_go", *SHORT)
     stop_at(monkeypatch, 12)
@@ -205,18 +205,18 @@ def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(whole, 
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    """Though its actors live on for a moment: here they are stopped."""
+    """Though its workers live on for a moment: here they are stopped."""
     process = start(*FLAGS, "--resume", tmp_path / "run")
-    actors = children(process.pid)
-    for pid in actors:
+    workers = children(process.pid)
+    for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     process.kill()
-    process.wait()  # communicate() would wait for the actors, too
-    assert not gone(actors, seconds=0)
+    process.wait()  # communicate() would wait for the workers, too
+    assert not gone(workers, seconds=0)
     a2c.lock(tmp_path / "run").close()
-    for pid in actors:
+    for pid in workers:
         os.kill(pid, signal.SIGCONT)
-    assert gone(actors)
+    assert gone(workers)
 
 
 @pytest.mark.parametrize(
@@ -318,13 +318,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["diary.txt"]
 
 
-def test_a_killed_actor_ends_the_run_in_one_line(tmp_path):
+def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
     process = start("--num-envs", 4, "--checkpoint-every", 5, "--resume", tmp_path / "run")
-    actors = children(process.pid)
-    os.kill(actors[-1], signal.SIGKILL)
+    workers = children(process.pid)
+    os.kill(workers[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 1 and gone(actors, 5)
-    assert errors == f"error: actor process {actors[-1]} died; --resume goes on\n"
+    assert process.returncode == 1 and gone(workers, 5)
+    assert errors == f"error: worker process {workers[-1]} died; --resume goes on\n"
     assert update_of(tmp_path / "run") % 5 == 0
 
 

@@ -7,6 +7,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def links(name: str) -> list[str]:
     ]  # fmt: skip
 
 
+@cache
 def flags(program: str) -> set[str]:
     """The command-line flags that tyro makes of a script's Args, or argparse of a benchmark's."""
     if program not in SCRIPTS:

@@ -96,7 +96,7 @@ def test_a_command_in_a_block_works(folder, outcomes, command):
     assert done.returncode == (1 if command.startswith("diff") else 0), done.stderr
     assert done.stdout and "Traceback" not in done.stderr
     if "python" in command:
-        run_dir = folder / re.findall(r"runs/\S+", done.stdout)[-1]
+        run_dir = folder / re.findall(r"runs/[\w-]+", done.stdout)[-1]
         assert (run_dir / "result.json").exists()
 
 

@@ -33,7 +33,7 @@ at most; the reward is 0 on the way, and at the end +1 for 196 steps or more (a 
 fewer. Training ends after 10 successes in a row, or 500 episodes.
 
 Differs from the book (the flag brings its way back):
-- Both streams start at zero; from a random start some seeds never learn: --no-zero-init
+- Both streams start at zero; from a random start it takes longer: --no-zero-init
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
 - The memory is a set of arrays, not a list of named tuples; a batch is drawn with replacement.
 """

@@ -39,7 +39,7 @@ enters with TD error 0, not with the highest priority so far; all priorities are
 end of each episode, not those of a batch after its update. And beta stays at 0.4.
 
 Differs from the book (the flag brings its way back):
-- The output layer starts at zero; from a random start some seeds never learn: --no-zero-init
+- The output layer starts at zero; from a random start it takes longer: --no-zero-init
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
 - alpha and beta are those with which the paper starts: --alpha 1 --beta 0
 - The book's sampler returns the transition after the one that the random point falls on.

@@ -26,7 +26,7 @@ def resident_megabytes(pid: int) -> float:
 def summary(rows: list[list]) -> None:
     middle = next((i for i, row in enumerate(rows) if row[0] >= 20_000), 1)
     early, late = rows[middle - 1 : middle + 2], rows[-3:]
-    for column, name in ((1, "process"), (2, "actors")):
+    for column, name in ((1, "process"), (2, "workers")):
         before, after = (statistics.median(row[column] for row in part) for part in (early, late))
         print(f"{name}: {before} MB around {rows[middle][0]} timesteps, {after} MB at "
               f"{rows[-1][0]}, {after / before - 1:+.1%}")  # fmt: skip
@@ -47,7 +47,7 @@ def main() -> None:
     if process.wait():
         sys.exit(process.returncode)
     with open(RESULT, "w", newline="") as file:
-        csv.writer(file).writerows([["timestep", "process_mb", "actors_mb"], *rows])
+        csv.writer(file).writerows([["timestep", "process_mb", "workers_mb"], *rows])
     summary(rows)
 
 

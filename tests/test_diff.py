@@ -122,12 +122,3 @@ def test_returns_and_losses_of_a2c_are_the_same(name):
 @pytest.mark.parametrize("name", ["NoopReset", "MaxAndSkip", "EpisodicLife", "Warp", "FrameStack"])
 def test_play_breakout_has_the_wrappers_that_were_trained_with(name):
     assert definition("play_breakout", name) == definition("a2c_breakout", name)
-
-
-# ---- all ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
-def test_no_line_is_longer_than_100_columns(path):
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    assert [(number, len(line)) for number, line in lines if len(line) > 100] == []

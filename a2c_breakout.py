@@ -606,16 +606,18 @@ class Run:
         if not checkpoint:
             self.save_weights("weight_0.pth")
             self.save_checkpoint(tell_workers)  # now, so that a full disk shows now
-            return
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            first = RANK * self.args.num_envs // WORLD_SIZE
-            tell_workers("load_state_dict", checkpoint["envs"][first:])
-        except (KeyError, TypeError, RuntimeError):
-            raise ValueError(f"{folder / 'checkpoint.pth'} is not of this version") from None
-        if RANK == 0 and checkpoint["machine"] != self.machine:
-            print(f"The run comes from {checkpoint['machine']}: it goes on, but not bit for bit.")
+        else:
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(checkpoint[name])
+                first = RANK * self.args.num_envs // WORLD_SIZE
+                tell_workers("load_state_dict", checkpoint["envs"][first:])
+            except (KeyError, TypeError, RuntimeError):
+                raise ValueError(f"{folder / 'checkpoint.pth'} is not of this version") from None
+            if RANK == 0 and checkpoint["machine"] != self.machine:
+                machine = checkpoint["machine"]
+                print(f"The run comes from {machine}: it goes on, but not bit for bit.")
+        self.start = time.perf_counter()  # the start of the workers does not count
 
     def log_games(self) -> None:
         """Moves the games that have ended, on all ranks, to the curves and the progress."""

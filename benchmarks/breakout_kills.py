@@ -12,14 +12,15 @@ Python's own, if Ctrl-C meets it while it is still importing). At its end each r
 weights of the undisturbed one, bit for bit, and all points of its curves, none twice (but for
 charts/SPS, which depends on the clock). If anything is not so, the exit code is 1.
 
-A row for each kill in benchmarks/results/breakout_kills.csv: seconds are from the start to the kill,
-and from there to the end of the last process; update_saved is where the next start goes on.
+A row for each kill in benchmarks/results/breakout_kills.csv: seconds are from the start to the
+kill, and from there to the end of the last process; update_saved is where the next start goes on.
 """
 
 import argparse
 import csv
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -42,7 +43,6 @@ MOMENTS = {  # name: (how often, the file that announces it, at most so many sec
     "end": (10, "weight_end.pth*", 0.3),
 }
 SIGNALS = {"SIGKILL": 40, "SIGTERM": 20, "SIGINT": 20, "worker SIGKILL": 20}  # name: how often
-COLUMNS = "kill run moment signal seconds update_saved exit_code seconds_to_end left_behind traceback"
 
 
 def start(run_dir: Path) -> subprocess.Popen:
@@ -116,9 +116,13 @@ def run_to_the_end(run_dir: Path) -> float:
     started, process = time.monotonic(), start(run_dir)
     wait_for("events.*", 0, process, run_dir)
     startup = time.monotonic() - started
+    check_exit(process, run_dir)
+    return startup
+
+
+def check_exit(process: subprocess.Popen, run_dir: Path) -> None:
     if process.wait():
         sys.exit(f"a run that nobody killed failed:\n{run_dir.with_suffix('.log').read_text()}")
-    return startup
 
 
 def kill_once(run_dir: Path, startup: float, rng: random.Random) -> dict | None:
@@ -128,6 +132,7 @@ def kill_once(run_dir: Path, startup: float, rng: random.Random) -> dict | None:
     _, file, longest = MOMENTS[moment]
     started, process = time.monotonic(), start(run_dir)
     if not wait_for(file, rng.uniform(0, longest or startup), process, run_dir):
+        check_exit(process, run_dir)
         return None
     workers = [pid for pid in processes(process.pid) if pid != process.pid]
     who, _, signal_name = name.rpartition(" ")
@@ -135,6 +140,7 @@ def kill_once(run_dir: Path, startup: float, rng: random.Random) -> dict | None:
     os.kill(target, getattr(signal, signal_name))
     killed = time.monotonic()
     left_behind = wait_until_gone(process)
+    gone = time.monotonic()
     log = run_dir.with_suffix(".log").read_text()
     while_importing = "KeyboardInterrupt" in log and ", in train" not in log
     return {
@@ -143,7 +149,7 @@ def kill_once(run_dir: Path, startup: float, rng: random.Random) -> dict | None:
         "seconds": f"{killed - started:.2f}",
         "update_saved": saved_update(run_dir),
         "exit_code": process.returncode,
-        "seconds_to_end": f"{time.monotonic() - killed:.2f}",
+        "seconds_to_end": f"{gone - killed:.2f}",
         "left_behind": left_behind,
         "traceback": int("Traceback" in log and not while_importing),
     }
@@ -178,20 +184,21 @@ def main() -> None:
 
     args.results.mkdir(parents=True, exist_ok=True)
     with (args.results / "breakout_kills.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS.split(), lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(f"\n{len(rows)} kills; {runs} runs to their ends, with {len(expected) - 1} curves each")
     counts = Counter((row["moment"], row["signal"]) for row in rows)
     for moment in MOMENTS:
         print(f"{moment}: " + ", ".join(f"{name} {counts[moment, name]}" for name in SIGNALS))
-    for name in SIGNALS:
-        codes = Counter(row["exit_code"] for row in rows if row["signal"] == name)
-        print(f"exit codes after {name}, and how often: {dict(codes)}")
+    codes = Counter((row["signal"], row["exit_code"]) for row in rows)
+    for (name, code), count in codes.items():
+        print(f"exit code {code} after {name}: {count}")
     seconds = [float(row["seconds_to_end"]) for row in rows]
     print(f"to the last process's end: median {statistics.median(seconds)} s, max {max(seconds)} s")
     if failures:
         sys.exit(f"FAILED ({folder} has the runs)\n" + "\n".join(failures))
+    shutil.rmtree(folder)
     print("all as it must be")
 
 

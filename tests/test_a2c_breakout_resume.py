@@ -19,8 +19,8 @@ from test_a2c_breakout import (  # noqa: F401
 
 import a2c_breakout as a2c
 
-FLAGS = ["--num-envs", "4", "--total-timesteps", "1500", "--checkpoint-every", "7",
-         "--log-every", "10", "--no-anneal-lr"]  # fmt: skip  # 75 updates
+FLAGS = ["--num-envs", "4", "--total-timesteps", "1000", "--checkpoint-every", "7",
+         "--log-every", "10", "--no-anneal-lr"]  # fmt: skip  # 50 updates
 SHORT = ["--num-envs", "4", "--total-timesteps", "400", "--log-every", "3",
          "--max-idle-steps", "20"]  # fmt: skip  # 20 updates, in which many games end
 
@@ -181,7 +181,7 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path, monkeypatch, cap
 
 def test_a_finished_run_stays_as_it_is(copy):
     before = ending(copy)
-    assert train(copy)["timesteps"] == 1500
+    assert train(copy)["timesteps"] == 1000
     assert ending(copy) == before
 
 
@@ -332,12 +332,12 @@ def test_a_full_disk_ends_the_run_in_one_line(copy):
     """A limit on a file's size stands in: the kernel refuses the write in the same place."""
     before = (copy / "checkpoint.pth").read_bytes()
     limits = (len(before) // 2, len(before) // 2)
-    process = run("--resume", copy, "--total-timesteps", 1700,
+    process = run("--resume", copy, "--total-timesteps", 1200,
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))  # fmt: skip
     assert f"cannot write {copy / 'checkpoint.pth'}" in one_line(process)
     assert (copy / "checkpoint.pth").read_bytes() == before
     assert not list(copy.glob("*.tmp"))
-    assert train(copy)["timesteps"] == 1700
+    assert train(copy)["timesteps"] == 1200
 
 
 def test_a_nan_in_the_loss_leaves_the_last_checkpoint(copy, monkeypatch):
@@ -350,7 +350,7 @@ def test_a_nan_in_the_loss_leaves_the_last_checkpoint(copy, monkeypatch):
     files = copy / "checkpoint.pth", copy / "weight_end.pth"
     before = [file.read_bytes() for file in files]
     monkeypatch.setattr(a2c, "compute_losses", poisoned)
-    with pytest.raises(ValueError, match="update 75: gradient not finite"):
+    with pytest.raises(ValueError, match="update 50: gradient not finite"):
         train(copy, "--total-timesteps", 2000)
     assert [file.read_bytes() for file in files] == before
 

@@ -79,7 +79,7 @@ def wait_until_gone(process: subprocess.Popen) -> int:
 
 def wait_for(file: str | None, delay: float, process: subprocess.Popen, run_dir: Path) -> bool:
     """Waits for a new file, and a delay. Returns False if the process ends before that."""
-    old = {path: path.stat().st_mtime for path in run_dir.glob(file or "")}
+    old = {path: path.stat().st_mtime for path in run_dir.glob(file)} if file else {}
     while file and process.poll() is None:
         try:
             if any(path.stat().st_mtime != old.get(path) for path in run_dir.glob(file)):

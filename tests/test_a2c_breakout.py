@@ -622,8 +622,8 @@ def test_bad_input_is_one_message_on_the_command_line(tmp_path):
 def test_ctrl_c_saves_and_exits(tmp_path):
     process = start("--num-envs", 4, "--runs-dir", tmp_path)
     workers = children(process.pid)
-    for pid in [process.pid, *workers]:
-        os.kill(pid, signal.SIGINT)  # a terminal sends it to all of them
+    for pid in [*workers, *workers, process.pid]:  # a terminal sends it to all of them
+        os.kill(pid, signal.SIGINT)
     output, errors = process.communicate(timeout=30)
     assert process.returncode == 0 and errors == "" and gone(workers)
     (run_dir,) = tmp_path.iterdir()

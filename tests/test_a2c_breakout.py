@@ -624,6 +624,7 @@ def test_ctrl_c_saves_and_exits(tmp_path):
     workers = children(process.pid)
     for pid in [*workers, *workers, process.pid]:  # a terminal sends it to all of them
         os.kill(pid, signal.SIGINT)
+        time.sleep(0.1)  # else two signals can become one
     output, errors = process.communicate(timeout=30)
     assert process.returncode == 0 and errors == "" and gone(workers)
     (run_dir,) = tmp_path.iterdir()

@@ -63,6 +63,8 @@ from typing import Any, Literal
 
 # PyTorch's OpenMP threads spin for 0.1 ms while they wait, before they sleep: 15% more steps/s.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # it is read when torch is imported
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it trains, Ctrl-C just ends it
 
 import ale_py
 import cv2
@@ -832,7 +834,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it trains, Ctrl-C just ends it
     try:
         train(parse_args())
     except (ValueError, OSError) as error:

@@ -195,7 +195,8 @@ def main() -> None:
     for (name, code), count in codes.items():
         print(f"exit code {code} after {name}: {count}")
     seconds = [float(row["seconds_to_end"]) for row in rows]
-    print(f"to the last process's end: median {statistics.median(seconds):.2f} s, max {max(seconds):.2f} s")
+    median, longest = statistics.median(seconds), max(seconds)
+    print(f"to the last process's end: median {median:.2f} s, max {longest:.2f} s")
     if failures:
         sys.exit(f"FAILED ({folder} has the runs)\n" + "\n".join(failures))
     shutil.rmtree(folder)

@@ -13,16 +13,17 @@
 """Advantage actor-critic (A2C) on CartPole: a policy learns from a critic, 32 poles at a time.
 
 One network gives two answers: V(s), the discounted return to expect from state s (the critic), and
-pi(a|s), the probability of each action (the actor). A2C, says the book, uses policy iteration and
-value iteration together. Five steps in 32 environments make one update and are then forgotten:
+pi(a|s), the probability of each action (the actor). It learns both
+together; the book calls that policy iteration and value iteration in one. Five steps in 32
+environments make one update and are then forgotten:
 
-    R_t  = r_t + gamma R_{t+1}      zero after an episode ends, V(s_T) at the end of the rollout
+    R_t  = r_t + gamma R_{t+1}      R_{t+1} = 0 after an episode's end, R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
 In the first term A_t is a constant: no gradient flows through it. The entropy keeps the policy from
 settling too soon. The algorithm is S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement
-Learning", ICML 2016, with its actors in step; a2c_breakout.py has the same loop for Atari games.
+Learning", ICML 2016, made synchronous; a2c_breakout.py has the same loop for Atari games.
 
     python a2c_cartpole.py                                      # train, evaluate, film
     python a2c_cartpole.py --seed 7 --num-envs 16 --num-steps 10
@@ -30,9 +31,9 @@ Learning", ICML 2016, with its actors in step; a2c_breakout.py has the same loop
 
 The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode has 200 steps
 at most; the reward is 0 on the way, and at the end +1 for 196 steps or more (a success), -1 for
-fewer. Training ends once each environment's last episode was a success, or after 5,120,000 steps.
+fewer. Training ends once each environment's last episode was a success, or at 5,120,000 decisions.
 
-Differs from the book (the flag brings its way back):
+Differs from the book (a flag, where given, brings the book's way back):
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
 - All poles are one array, in which a reset takes a step of its own. Nothing is learnt from it.
 """
@@ -226,8 +227,8 @@ def compute_losses(
 def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: SummaryWriter) -> dict:
     """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
-    Returns, for result.json, the last episode of environment 0 if solved, counted from 0, how many
-    it had, and the steps of all environments. Raises ValueError when a gradient is not finite.
+    Returns, for result.json, environment 0's last episode if solved (from 0), the number of its
+    episodes, and the steps of all environments. Raises ValueError when a gradient is not finite.
     """
     device = network.fc1.weight.device
     envs = CartPoles(args.num_envs, args.seed)
@@ -304,7 +305,7 @@ def evaluate(network: ActorCritic, args: Args, film: Path) -> dict[str, float]:
     """Mean and standard deviation of the steps of greedy episodes; the first one is filmed."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
     env = make_env(render_mode="rgb_array")
-    env.reset(seed=2**32 + args.seed)  # one for each seed of training, and above them all
+    env.reset(seed=2**32 + args.seed)  # no seed of training: those are below 2**32
     lengths = []
     with imageio.get_writer(film, fps=env.metadata["render_fps"], macro_block_size=2) as video:
         for episode in range(args.eval_episodes):

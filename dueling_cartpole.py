@@ -19,7 +19,7 @@ action was taken:
 
     Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')
 
-Without the mean, a constant could move from V to A unseen. The target is that of Double DQN. The
+Without the mean, V + c and A - c would give the same Q. The target is that of Double DQN. The
 rest is ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py dueling_cartpole.py
 
 Wang et al., "Dueling Network Architectures for Deep Reinforcement Learning", ICML 2016, equation 9.
@@ -32,7 +32,7 @@ The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学
 at most; the reward is 0 on the way, and at the end +1 for 196 steps or more (a success), -1 for
 fewer. Training ends after 10 successes in a row, or 500 episodes.
 
-Differs from the book (the flag brings its way back):
+Differs from the book (a flag, where given, brings the book's way back):
 - Both streams start at zero; from a random start it takes longer: --no-zero-init
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
 - The memory is a set of arrays, not a list of named tuples; a batch is drawn with replacement.
@@ -131,7 +131,7 @@ class QNetwork(nn.Module):
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3_advantage = nn.Linear(hidden_size, 2)
         self.fc3_value = nn.Linear(hidden_size, 1)
-        if zero_init:  # after a fall, the action taken has a lower value than the untried one
+        if zero_init:  # all values equal: after a fall the untried action is the better one
             for layer in (self.fc3_advantage, self.fc3_value):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -214,11 +214,11 @@ def update_average(averaged: QNetwork, network: QNetwork, decay: float) -> None:
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
     """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
-    Returns the episode of the last success needed, counted from 0, and how many episodes and steps
+    Returns the episode that solved the task (from 0, or None), and how many episodes and steps
     were played, for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # random until copied to
+    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # until copied to
     rng = np.random.default_rng(args.seed)
     memory = ReplayMemory(args.memory_size, rng)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
@@ -289,7 +289,7 @@ def evaluate(network: QNetwork, args: Args, film: Path) -> dict[str, float]:
     """Mean and standard deviation of the steps of greedy episodes; the first one is filmed."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
     env = make_env(render_mode="rgb_array")
-    env.reset(seed=2**32 + args.seed)  # one for each seed of training, and above them all
+    env.reset(seed=2**32 + args.seed)  # no seed of training: those are below 2**32
     lengths = []
     with imageio.get_writer(film, fps=env.metadata["render_fps"], macro_block_size=2) as video:
         for episode in range(args.eval_episodes):

@@ -17,7 +17,7 @@ and the loss, the cross-entropy, is large where the true label y was given a sma
 
     p(k | x) = exp(z_k) / sum_j exp(z_j),    loss = -log p(y | x)
 
-Adam steps along -m, scaled by the RMS of the gradients g:
+Adam steps along -m, the mean of the gradients g, scaled by their root mean square, sqrt(v):
 
     m <- 0.9 m + 0.1 g,    v <- 0.999 v + 0.001 g^2,    w <- w - lr * m / (sqrt(v) + 1e-8)
 
@@ -30,7 +30,7 @@ Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorith
     python mnist.py --image-index 7 --epochs 10
     python mnist.py --data-dir FOLDER           # no download if the four files are in FOLDER
 
-Differs from the book:
+Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018):
 - The 60,000 training and 10,000 test images are the data set's own, so that results compare with
   anyone's. The book splits 6:1 at random: its image 2020 is another one.
 - The learning rate falls linearly from 0.01 to 0 (--no-anneal-lr for the book's constant rate,
@@ -119,7 +119,7 @@ def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam
 
 def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, epoch: int) -> None:
     """Trains for one epoch; raises ValueError if the loss is not finite at its end."""
-    for batch, (images, labels) in enumerate(tqdm(loader, f"epoch {epoch}", unit="batch")):
+    for index, (images, labels) in enumerate(tqdm(loader, f"epoch {epoch}", unit="batch")):
         scores = network(images)  # (64, 784) -> (64, 10)
         loss = loss_function(scores, labels)  # (), the mean over the batch
 
@@ -128,8 +128,8 @@ def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, ep
         optimizer.step()
         scheduler.step()  # the learning rate of the next update
 
-        if batch % 50 == 0:
-            writer.add_scalar("losses/train", loss.item(), (epoch - 1) * len(loader) + batch)
+        if index % 50 == 0:
+            writer.add_scalar("losses/train", loss.item(), (epoch - 1) * len(loader) + index)
     if not loss.isfinite():
         raise ValueError(f"epoch {epoch}: the loss is not finite; lower --learning-rate")
 
@@ -315,7 +315,7 @@ def load_file(name: str, data_dir: Path) -> np.ndarray:
                 print(f"{path} is not the file of MNIST ({error}): it is now {path.name}.bad")
                 path.replace(f"{path}.bad")
     data_dir.mkdir(parents=True, exist_ok=True)
-    failures = []
+    failures = []  # path is the .gz one now, the last of the loop above
     for mirror in MIRRORS:
         try:
             download(mirror + path.name, path)

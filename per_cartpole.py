@@ -38,11 +38,11 @@ Differs from the paper, as the book does: the first 30 episodes draw uniformly; 
 enters with TD error 0, not with the highest priority so far; all priorities are recomputed at the
 end of each episode, not those of a batch after its update. And beta stays at 0.4.
 
-Differs from the book (the flag brings its way back):
+Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
-- alpha and beta are those with which the paper starts: --alpha 1 --beta 0
-- The book's sampler returns the transition after the one that the random point falls on.
+- alpha is 0.6 and beta 0.4, where the paper starts; the book's are 1 and 0: --alpha 1 --beta 0
+- A draw returns the transition on which its random point falls, in the book the one after it.
 - The memory is a set of arrays, not a list of named tuples; a batch is drawn with replacement.
 """
 
@@ -144,7 +144,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # after a fall, the action taken has a lower value than the untried one
+        if zero_init:  # all values equal: after a fall the untried action is the better one
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -262,11 +262,11 @@ def update_average(averaged: QNetwork, network: QNetwork, decay: float) -> None:
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
     """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
-    Returns the episode of the last success needed, counted from 0, and how many episodes and steps
+    Returns the episode that solved the task (from 0, or None), and how many episodes and steps
     were played, for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # random until copied to
+    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # until copied to
     rng = np.random.default_rng(args.seed)
     memory = ReplayMemory(args.memory_size, rng, args.alpha, args.beta)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
@@ -344,7 +344,7 @@ def evaluate(network: QNetwork, args: Args, film: Path) -> dict[str, float]:
     """Mean and standard deviation of the steps of greedy episodes; the first one is filmed."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
     env = make_env(render_mode="rgb_array")
-    env.reset(seed=2**32 + args.seed)  # one for each seed of training, and above them all
+    env.reset(seed=2**32 + args.seed)  # no seed of training: those are below 2**32
     lengths = []
     with imageio.get_writer(film, fps=env.metadata["render_fps"], macro_block_size=2) as video:
         for episode in range(args.eval_episodes):

@@ -79,7 +79,7 @@ class Args:
     value_loss_coef: float = 0.5  # weight of the value loss, 0 or more
     entropy_coef: float = 0.01  # weight of the entropy bonus, 0 or more
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
-    average_decay: float = 0.975  # of the kept weights, per update; from 0 (the book) to below 1
+    average_decay: float = 0.975  # share the average keeps per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         for good, rule in [
@@ -294,7 +294,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 
     bar.close()
     solved = envs.last_lengths.min() >= SUCCESS_STEPS
-    tqdm.write(f"Solved in episode {episode}." if solved else "Not solved.")
+    tqdm.write(f"Solved in episode {episode} of environment 0." if solved else "Not solved.")
     return dict(solved_episode=episode if solved else None, episodes=episode + 1, steps=timesteps)
 
 

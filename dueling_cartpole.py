@@ -78,7 +78,7 @@ class Args:
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     epsilon: float = 0.5  # chance of a random action, divided by n + 1 in episode n, from 0 to 1
     zero_init: bool = True  # all values start at 0; --no-zero-init is the book's way
-    average_decay: float = 0.998  # of the kept weights, per update; from 0 (the book) to below 1
+    average_decay: float = 0.998  # share the average keeps per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         for good, rule in [

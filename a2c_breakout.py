@@ -34,15 +34,14 @@ is an episode; the curves show whole games of five lives, in the game's own poin
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018), whose recipe is
 --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0
-- Rewards are cut to their sign, the learning rate falls to 0, the value loss weighs half as much.
-- A game ends after 1000 decisions without a reward; no game of Breakout goes on past frame 65,536.
-- The weights that are kept are a moving average.
-- A process for each core plays several environments, with one network in shared memory; in the
-  book there is a process for each environment, and the main process chooses their actions.
-- The screen turns gray before the maximum of two is taken, not after it: faster, nearly the same.
-docs/breakout.md has the reasons and the numbers.
+Here a reward is cut to its sign, the value loss weighs half as much, the learning rate falls to 0,
+a game ends after 1000 decisions without a reward, and the weights that are kept are a moving
+average. A process for each core plays several environments with one network in shared memory,
+where the book has a process for each environment; the screen turns gray before the maximum of two
+is taken, not after it. docs/breakout.md has the reasons and the numbers.
 """
 
+import argparse
 import copy
 import ctypes
 import io
@@ -109,10 +108,6 @@ class Args:
     save_every: int = 12_500  # updates between two weight_*.pth, 1 or more
     log_every: int = 100  # updates between two lines of output, 1 or more
 
-    @property
-    def cuda(self) -> bool:
-        return self.device != "cpu" and torch.cuda.is_available()
-
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         for names, good, rule in [
             ("num_envs num_steps", lambda x: x >= 1, "1 or more"),
@@ -160,7 +155,6 @@ class MaxAndSkip(gym.Wrapper):
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         self.unwrapped.ale.getScreenGrayscale(self.screens[0])
-        self.screens[1] = 0
         return self.screens[0], info
 
     def step(self, action):
@@ -204,17 +198,13 @@ class EpisodicLife(gym.Wrapper):
         return observation, reward, terminated or life_lost, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if self.game["over"] or seed is not None:
-            return self.new_game(seed, options)
-        observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
-        if self.game["over"]:  # which can end the game: info has its score
-            observation, _ = self.new_game()
-        return observation, info
-
-    def new_game(self, seed: int | None = None, options: dict | None = None):
-        observation, info = self.env.reset(seed=seed, options=options)
-        lives = self.unwrapped.ale.lives()
-        self.game = {"over": False, "lives": lives, "score": 0.0, "length": 0, "idle": 0}
+        info = {}
+        if not self.game["over"] and seed is None:
+            observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
+        if self.game["over"] or seed is not None:  # the no-op, too, can end a game
+            observation, _ = self.env.reset(seed=seed, options=options)
+            lives = self.unwrapped.ale.lives()
+            self.game = {"over": False, "lives": lives, "score": 0.0, "length": 0, "idle": 0}
         return observation, info
 
 
@@ -253,13 +243,8 @@ def make_env(env_id: str, max_idle_steps: int = 0) -> gym.Env:
     """The game in its wrappers; ValueError for anything but an Atari game without frame skip."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     gym.register_envs(ale_py)
-    try:
-        spec = gym.spec(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        raise ValueError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from None
-    wanted = {"frameskip": 1, "repeat_action_probability": 0.0}  # skipping is done in a wrapper
-    if spec.entry_point != "ale_py.env:AtariEnv" or not wanted.items() <= spec.kwargs.items():
-        raise ValueError(f"--env-id {env_id}: not a game without frame skip, <Game>NoFrameskip-v4")
+    if env_id not in gym.registry or not env_id.endswith("NoFrameskip-v4"):
+        raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
     # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
     max_frames = 65_536 if env_id.startswith("Breakout") else 108_000
     # MaxAndSkip reads the screen itself, when it needs it; of all observations RAM costs least.
@@ -410,10 +395,9 @@ def run_worker(worker_end, parent_end, *worker_args) -> None:
 
 @contextmanager
 def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage):
-    """Starts a worker for each core. Yields tell_workers(method, *arguments).
+    """Starts a worker for each core; yields tell_workers(method, *arguments).
 
-    It has all of them call that method of Worker, joins the answers in the order of the
-    environments, and raises ValueError when a worker has died.
+    That calls the method in every worker and joins the answers, in the order of the environments.
     """
     # macOS cannot fork safely, Windows not at all.
     context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -485,8 +469,9 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_worker
     On a CPU the learner's weights are the memory from which the workers read; on CUDA they are
     copied there for each rollout. Raises ValueError when a gradient is not finite.
     """
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
-    learner = copy.deepcopy(network).to(device) if args.cuda else network
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    learner = copy.deepcopy(network).to(device) if on_cuda else network
     averaged = copy.deepcopy(learner).requires_grad_(False)
     parameters = list(learner.parameters())
     optimizer = torch.optim.RMSprop(parameters, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps)
@@ -498,7 +483,7 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_worker
         optimizer.param_groups[0]["lr"] = args.learning_rate * left
 
         # 1. rollout: T steps in each of N environments, into the storage
-        if args.cuda:
+        if on_cuda:
             network.load_state_dict(learner.state_dict())
         run.games += tell_workers("rollout", update)
 
@@ -569,24 +554,21 @@ def gather(value: Any) -> list[Any]:
 
 
 class Run:
-    """The files of a run. Rank 0 alone writes; all ranks make the same calls."""
+    """The folder of a run: its curves, weights and checkpoints. Rank 0 alone writes them."""
 
     def __init__(self, args: Args):
-        self.args, self.games, self.stop_signals = args, [], []
-        self.progress = {"update": 0, "seconds": 0.0, "games": 0, "last_scores": []}
         name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.folder = args.resume or args.runs_dir / name
+        self.args, self.folder = args, args.resume or args.runs_dir / name
         refuse_changes(args)
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
             self.lock = lock(self.folder)
         self.checkpoint = load_checkpoint(self.folder, args)
-        if self.checkpoint:
-            self.progress = self.checkpoint["progress"]
+        fresh = {"update": 0, "seconds": 0.0, "games": 0, "last_scores": []}
+        self.progress = self.checkpoint.get("progress", fresh)
+        self.games, self.stop_signals = [], []
         if self.timesteps > args.total_timesteps:
             raise ValueError(f"--total-timesteps: {self.folder} has done {self.timesteps} already")
-        if RANK == 0:
-            save(self.folder / "args.json", asdict(args))
 
     @property
     def timesteps(self) -> int:
@@ -594,40 +576,42 @@ class Run:
 
     def begin(self, parts: dict[str, Any], tell_workers) -> None:
         """Restores the network, its average, the optimizer and the workers, or saves them."""
-        self.parts, checkpoint, folder = parts, self.checkpoint, self.folder
+        self.parts, checkpoint, self.checkpoint = parts, self.checkpoint, None
         if len(set(gather(self.timesteps))) > 1:
             raise ValueError("the ranks see different checkpoints: do they share a disk?")
-        device = "cuda" if self.args.cuda else "cpu"
+        device = parts["network"].actor.weight.device.type
         self.machine = f"{device}, {torch.get_num_threads()} threads, {WORLD_SIZE} rank(s)"
-        self.first_timestep, self.seconds_before = self.timesteps, self.progress["seconds"]
-        self.start = time.perf_counter()
-        if RANK == 0:
-            # What was logged after the checkpoint is purged: it will be logged again.
-            self.writer = SummaryWriter(folder, purge_step=self.timesteps + 1)
-            print(f"{parts['network']}\n{self.args.env_id} on {self.machine}, in {folder}")
-        if not checkpoint:
-            self.save_weights("weight_0.pth")
-            self.save_checkpoint(tell_workers)  # now, so that a full disk shows now
-        else:
+        if checkpoint:
             try:
                 for name, part in parts.items():
                     part.load_state_dict(checkpoint[name])
                 first = RANK * self.args.num_envs // WORLD_SIZE
                 tell_workers("load_state_dict", checkpoint["envs"][first:])
             except (KeyError, TypeError, RuntimeError):
-                raise ValueError(f"{folder / 'checkpoint.pth'} is not of this version") from None
-            if RANK == 0 and checkpoint["machine"] != self.machine:
+                raise ValueError(f"{self.folder}/checkpoint.pth is not of this version") from None
+        if RANK == 0:
+            save(self.folder / "args.json", asdict(self.args))
+            # What was logged after the checkpoint is purged: it will be logged again.
+            self.writer = SummaryWriter(self.folder, purge_step=self.timesteps + 1)
+            print(f"{parts['network']}\n{self.args.env_id} on {self.machine}, in {self.folder}")
+            if checkpoint and checkpoint["machine"] != self.machine:
                 machine = checkpoint["machine"]
                 print(f"The run comes from {machine}: it goes on, but not bit for bit.")
-        self.start = time.perf_counter()  # the start of the workers does not count
+        self.clock = time.perf_counter()
+        if not checkpoint:
+            self.save_weights("weight_0.pth")
+            self.save_checkpoint(tell_workers)  # now, so that a full disk shows now
+            self.clock = time.perf_counter()  # the start of the workers does not count
 
     def log_games(self) -> None:
-        """Moves the games that have ended, on all ranks, to the curves and the progress."""
+        """Brings the progress and the curves up to date with the games that ended on all ranks."""
         games, self.games = sorted(sum(gather(self.games), [])), []
-        self.progress["seconds"] = self.seconds_before + time.perf_counter() - self.start
-        self.progress["games"] += len(games)
-        self.progress["last_scores"] += [score for _, score, _ in games]
-        del self.progress["last_scores"][:-100]
+        now, progress = time.perf_counter(), self.progress
+        progress["seconds"] += now - self.clock
+        self.clock = now
+        progress["games"] += len(games)
+        progress["last_scores"] += [score for _, score, _ in games]
+        del progress["last_scores"][:-100]
         if RANK == 0:
             for timestep, score, length in games:  # whole games, despite the usual names
                 self.writer.add_scalar("charts/episodic_return", score, timestep)
@@ -636,15 +620,14 @@ class Run:
     def log(self, losses: dict[str, Tensor], learning_rate: float) -> None:
         """Adds a point to each curve and prints a line."""
         self.log_games()
-        seconds = self.progress["seconds"] - self.seconds_before
-        speed = (self.timesteps - self.first_timestep) / seconds
+        speed = self.timesteps / self.progress["seconds"]
         curves = {"charts/SPS": speed, "charts/learning_rate": learning_rate}
         curves |= {f"losses/{name}": loss.item() for name, loss in losses.items()}
         scores = self.progress["last_scores"] or [math.nan]
+        hours = (self.args.total_timesteps - self.timesteps) / speed / 3600
         if RANK == 0:
             for name, value in curves.items():
                 self.writer.add_scalar(name, value, self.timesteps)
-            hours = (self.args.total_timesteps - self.timesteps) / speed / 3600
             print(
                 f"finished timesteps {self.timesteps}, last 100 games: mean/median "
                 f"{np.mean(scores):.1f}/{np.median(scores):.1f}, min/max {min(scores):.0f}/"
@@ -660,12 +643,11 @@ class Run:
     def save_checkpoint(self, tell_workers) -> None:
         """Saves all that the rest of the run depends on."""
         self.log_games()
-        envs = sum(gather(tell_workers("state_dict")), [])
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["envs"] = sum(gather(tell_workers("state_dict")), [])
+        state |= {"env_id": self.args.env_id, "machine": self.machine, "progress": self.progress}
         if RANK == 0:
             self.writer.flush()
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state |= {"envs": envs, "env_id": self.args.env_id, "machine": self.machine}
-            state["progress"] = self.progress
             save(self.folder / "checkpoint.pth", state)
 
 
@@ -705,20 +687,18 @@ def save(path: Path, content: Any) -> None:
         os.close(folder)
 
 
-def read_args(folder: Path) -> dict[str, Any]:
-    """The flags that the run in a folder began with; none where no run has begun."""
+def read_args(folder: Path) -> Args | None:
+    """The flags that the run in a folder began with; None where no run has begun."""
     path = folder / "args.json"
     if not path.exists():
         if any(file.name != "lock" and file.suffix != ".tmp" for file in folder.glob("*")):
             raise ValueError(f"--resume: {folder} is neither the folder of a run nor empty")
-        return {}
+        return None
+    free = {"device": "auto", "resume": folder, "runs_dir": Path("runs")}
     try:
-        saved = json.loads(path.read_text())
-        saved |= {"runs_dir": Path(saved["runs_dir"]), "resume": folder, "device": "auto"}
-        Args(**saved)
-    except (TypeError, ValueError, KeyError) as error:
+        return Args(**json.loads(path.read_text()) | free)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"--resume: {path} is damaged, or of another version: {error}") from None
-    return saved
 
 
 def refuse_changes(args: Args) -> None:
@@ -726,21 +706,21 @@ def refuse_changes(args: Args) -> None:
     free = {"device", "resume", "runs_dir", "checkpoint_every", "save_every", "log_every"}
     if not args.anneal_lr:  # a falling rate depends on it from the first update on
         free.add("total_timesteps")
-    began_with = read_args(args.resume) if args.resume else {}
-    for name, value in began_with.items():
+    began_with = args.resume and read_args(args.resume)
+    for name, value in asdict(began_with or args).items():
         if name not in free and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
             why = " while the learning rate falls" if name == "total_timesteps" else ""
             raise ValueError(f"{flag}: {args.resume} began with {value}; that cannot change{why}")
 
 
-def load_checkpoint(folder: Path, args: Args) -> dict[str, Any] | None:
-    """The checkpoint in a folder, None where a run begins. ValueError if damaged or foreign."""
+def load_checkpoint(folder: Path, args: Args) -> dict[str, Any]:
+    """The checkpoint in a folder, {} where a run begins. ValueError if damaged or foreign."""
     path = folder / "checkpoint.pth"
     if not path.exists():
         if any(file.name != "weight_0.pth" for file in folder.glob("weight_*.pth")):
             raise ValueError(f"{path} is missing; a new start would overwrite the weights")
-        return None
+        return {}
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError
@@ -797,10 +777,11 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)  # the same network on all ranks
     network = ActorCritic(num_actions, args.bf16).share_memory()
     run = Run(args)
-    with stop_requests(run.stop_signals), start_workers(args, network, storage) as tell_workers:
+    with start_workers(args, network, storage) as tell_workers:
         if WORLD_SIZE > 1:
             dist.init_process_group()  # after the fork, which would copy its threads' locks
-        learn(args, network, storage, tell_workers, run)
+        with stop_requests(run.stop_signals):
+            learn(args, network, storage, tell_workers, run)
     progress = run.progress
     result = {
         "seed": args.seed,
@@ -827,10 +808,10 @@ def train(args: Args) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the flags; with --resume, those that the run began with are the defaults."""
-    args = tyro.cli(Args, args=argv)
-    if args.resume:
-        args = tyro.cli(Args, args=argv, default=Args(**read_args(args.resume)))
-    return args
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    folder = parser.parse_known_args(argv)[0].resume
+    return tyro.cli(Args, args=argv, default=folder and read_args(folder))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -69,7 +69,7 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "a2c_breakout.pth"
 class Args:
     """Play an Atari game with a policy of a2c_breakout.py, or at random."""
 
-    weights: Path | None = None  # of a run or of the book; without it the pretrained ones
+    weights: Path = PRETRAINED  # weights or checkpoint of a run, or weights of the book
     random: bool = False  # show what the game looks like: at most 1000 random decisions
     target_score: float = 400  # play lives until one scores more than this
     max_attempts: int = 100  # lives to play at most, from 1
@@ -82,14 +82,14 @@ class Args:
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
-        policy_flags = self.weights is not None or self.full_games is not None or self.greedy
+        of_policies = self.weights != PRETRAINED or self.full_games is not None or self.greedy
         for good, rule in [
             (-math.inf < self.target_score < math.inf, "--target-score must be finite"),
             (self.max_attempts >= 1, "--max-attempts must be 1 or more"),
             (self.full_games is None or self.full_games >= 1, "--full-games must be 1 or more"),
             (0 <= self.seed < 2**31, "--seed must be from 0 to 2**31 - 1"),
             (self.device != "cuda" or torch.cuda.is_available(), "--device: there is no CUDA here"),
-            (not (self.random and policy_flags),
+            (not (self.random and of_policies),
              "--random goes without --weights, --full-games and --greedy"),
         ]:  # fmt: skip
             if not good:
@@ -124,7 +124,6 @@ class MaxAndSkip(gym.Wrapper):
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         self.unwrapped.ale.getScreenGrayscale(self.screens[0])
-        self.screens[1] = 0
         return self.screens[0], info
 
     def step(self, action):
@@ -168,17 +167,13 @@ class EpisodicLife(gym.Wrapper):
         return observation, reward, terminated or life_lost, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if self.game["over"] or seed is not None:
-            return self.new_game(seed, options)
-        observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
-        if self.game["over"]:  # which can end the game: info has its score
-            observation, _ = self.new_game()
-        return observation, info
-
-    def new_game(self, seed: int | None = None, options: dict | None = None):
-        observation, info = self.env.reset(seed=seed, options=options)
-        lives = self.unwrapped.ale.lives()
-        self.game = {"over": False, "lives": lives, "score": 0.0, "length": 0, "idle": 0}
+        info = {}
+        if not self.game["over"] and seed is None:
+            observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
+        if self.game["over"] or seed is not None:  # the no-op, too, can end a game
+            observation, _ = self.env.reset(seed=seed, options=options)
+            lives = self.unwrapped.ale.lives()
+            self.game = {"over": False, "lives": lives, "score": 0.0, "length": 0, "idle": 0}
         return observation, info
 
 
@@ -217,13 +212,8 @@ def make_game(env_id: str, obs_type: str = "ram") -> gym.Env:
     """The bare game; ValueError for anything but an Atari game without frame skip."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     gym.register_envs(ale_py)
-    try:
-        spec = gym.spec(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        raise ValueError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from None
-    wanted = {"frameskip": 1, "repeat_action_probability": 0.0}  # skipping is done in a wrapper
-    if spec.entry_point != "ale_py.env:AtariEnv" or not wanted.items() <= spec.kwargs.items():
-        raise ValueError(f"--env-id {env_id}: not a game without frame skip, <Game>NoFrameskip-v4")
+    if env_id not in gym.registry or not env_id.endswith("NoFrameskip-v4"):
+        raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
     # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
     max_frames = 65_536 if env_id.startswith("Breakout") else 108_000
     return gym.make(
@@ -272,6 +262,9 @@ def load_network(path: Path, num_actions: int) -> ActorCritic:
         weights = torch.load(path, map_location="cpu", weights_only=True)  # nothing in it runs
         weights = weights.get("averaged", weights)  # a checkpoint of a training run
         network.load_state_dict(weights)
+    except FileNotFoundError:
+        how = "`python a2c_breakout.py` makes one, weight_end.pth, and --weights FILE plays it"
+        raise ValueError(f"there is no policy at {path}: {how}") from None
     except OSError:
         raise
     except Exception:  # damage makes torch.load raise nearly anything
@@ -442,10 +435,6 @@ def play(args: Args) -> dict:
     with make_game(args.env_id) as env:
         num_actions = int(env.action_space.n)
     if not args.random:
-        if not (args.weights or PRETRAINED.exists()):
-            raise ValueError(f"there is no policy at {PRETRAINED}: `python a2c_breakout.py` makes "
-                             "one, weight_end.pth, and --weights FILE plays it")  # fmt: skip
-        args = replace(args, weights=args.weights or PRETRAINED)
         network = load_network(args.weights, num_actions).to(device)
     name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = args.runs_dir / name

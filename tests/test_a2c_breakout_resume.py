@@ -157,7 +157,7 @@ def test_a_constant_rate_goes_on_as_long_as_one_wants(tmp_path):
     rates = {rate for _, rate in points(tmp_path / "one_go", "charts/learning_rate")}
     assert [round(rate, 9) for rate in rates] == [7e-4]
     with pytest.raises(ValueError, match="--total-timesteps: .* has done 400 already"):
-        train(tmp_path / "longer", "--total-timesteps", 300)
+        train(tmp_path / "longer", "--total-timesteps", 40)
 
 
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path, monkeypatch, capsys):
@@ -298,10 +298,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_kept(copy, kind):
     with pytest.raises(ValueError, match=f"{copy}.* (damaged|missing|not of this)") as error:
         train(copy)
     assert "\n" not in str(error.value)
-    after = contents(copy)
-    if kind == "another network":  # found out a little later
-        assert after.pop("args.json") and before.pop("args.json")
-    assert after == before and not Path("/tmp/this-must-never-run").exists()
+    assert contents(copy) == before and not Path("/tmp/this-must-never-run").exists()
 
 
 def test_a_refusal_is_one_line_on_the_command_line(copy):

@@ -391,12 +391,11 @@ def test_parameters_have_the_names_and_shapes_of_the_book():
     }
 
 
-def test_the_pretrained_policy_is_the_default(weights, tmp_path, monkeypatch, short_games):
+def test_the_pretrained_policy_is_the_default(tmp_path, short_games):
     assert play_breakout.PRETRAINED == SCRIPT.parent / "pretrained" / "a2c_breakout.pth"
-    monkeypatch.setattr(play_breakout, "PRETRAINED", weights)
     play_breakout.play(Args(runs_dir=tmp_path, max_attempts=1))
     (run_dir,) = tmp_path.iterdir()
-    assert json.loads((run_dir / "args.json").read_text())["weights"] == str(weights)
+    assert json.loads((run_dir / "args.json").read_text())["weights"] == str(Args().weights)
 
 
 # ---- bad input ---------------------------------------------------------------------------------
@@ -416,7 +415,7 @@ def bad_weights(kind: str, good: Path, path: Path, marker: Path) -> str:
     """Puts something bad at path. Returns words that the message must hold."""
     state_dict = torch.load(good, weights_only=True)
     if kind == "missing":
-        return "No such file"
+        return "there is no policy"
     if kind == "folder":
         path.mkdir()
         return "Is a directory"

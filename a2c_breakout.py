@@ -26,16 +26,16 @@ The frames and the network are those of Mnih et al., "Human-level control throug
 reinforcement learning", Nature 518, 2015, Methods.
 
     python a2c_breakout.py --num-envs 16                         # 10 million timesteps
-    python a2c_breakout.py --resume runs/a2c_breakout__1__...    # goes on, to the bit
-    torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64    # several processes or machines
+    python a2c_breakout.py --resume runs/a2c_breakout__1__...    # continues, bit for bit on a CPU
+    torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64    # several processes (or machines)
 
 A timestep is one decision in one environment, four frames of the emulator. To the learner a life
 is an episode; the curves show whole games of five lives, in the game's own points.
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018), whose recipe is
---no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0
-Here a reward is cut to its sign, the value loss weighs half as much, the learning rate falls to 0,
-a game ends after 1000 decisions without a reward, and the weights that are kept are a moving
+--no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0.
+Here rewards are cut to their sign, the value loss weighs half as much, the learning rate falls to
+0, a game ends after 1000 decisions without a reward, and the weights saved for play are a moving
 average. A process for each core plays several environments with one network in shared memory,
 where the book has a process for each environment; the screen turns gray before the maximum of two
 is taken, not after it. docs/breakout.md has the reasons and the numbers.
@@ -60,10 +60,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-# PyTorch's OpenMP threads spin for 0.1 ms while they wait, before they sleep: 15% more steps/s.
+# Let PyTorch's OpenMP threads spin for only 0.1 ms before they sleep: 15% more steps/s.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # it is read when torch is imported
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it trains, Ctrl-C just ends it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until learn(), Ctrl-C just ends it
 
 import ale_py
 import cv2
@@ -90,7 +90,7 @@ class Args:
     bf16: bool = False  # convolutions in bfloat16: faster only on processors with units for it
     num_envs: int = 16  # environments side by side, on all ranks together, 1 or more
     num_steps: int = 5  # steps between two updates, the length of the return, 1 or more
-    total_timesteps: int = 10_000_000  # decisions, all environments together; one update's or more
+    total_timesteps: int = 10_000_000  # decisions in all environments, num_envs * num_steps or more
     learning_rate: float = 7e-4  # learning rate of RMSprop, above 0
     anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
     rmsprop_alpha: float = 0.99  # decay of RMSprop's mean of squared gradients, from 0 to below 1
@@ -103,7 +103,7 @@ class Args:
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
     average_decay: float = 0.99  # decay, per 10 updates, of the kept average; 0: the last weights
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
-    resume: Path | None = None  # folder of a run to go on with, or to begin in
+    resume: Path | None = None  # folder of a run to continue, or an empty one to begin in
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
     save_every: int = 12_500  # updates between two weight_*.pth, 1 or more
     log_every: int = 100  # updates between two lines of output, 1 or more
@@ -131,7 +131,7 @@ class Args:
 
 
 class NoopReset(gym.Wrapper):
-    """Begins each game with 1 to 30 no-ops, so that not all begin alike (Mnih et al. 2015)."""
+    """Begins a game with 1 to 30 no-ops, so that not all games begin alike (Mnih et al. 2015)."""
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
@@ -155,6 +155,7 @@ class MaxAndSkip(gym.Wrapper):
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         self.unwrapped.ale.getScreenGrayscale(self.screens[0])
+        self.screens[1] = 0
         return self.screens[0], info
 
     def step(self, action):
@@ -173,8 +174,8 @@ class MaxAndSkip(gym.Wrapper):
 class EpisodicLife(gym.Wrapper):
     """Ends the episode when a life is lost, so that losing it has a cost; the game goes on.
 
-    When a whole game ends, info["game"] is its score and its length in decisions. It ends too
-    after max_idle_steps decisions without a reward, unless that is 0.
+    When a whole game ends, info["game"] is its score and its length in decisions. A game also ends
+    after max_idle_steps decisions without a reward (in training; 0: never).
     """
 
     def __init__(self, env: gym.Env, max_idle_steps: int = 0):
@@ -199,9 +200,11 @@ class EpisodicLife(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         info = {}
-        if not self.game["over"] and seed is None:
+        if seed is not None:
+            self.game["over"] = True
+        if not self.game["over"]:
             observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
-        if self.game["over"] or seed is not None:  # the no-op, too, can end a game
+        if self.game["over"]:  # the no-op, too, can end a game
             observation, _ = self.env.reset(seed=seed, options=options)
             lives = self.unwrapped.ale.lives()
             self.game = {"over": False, "lives": lives, "score": 0.0, "length": 0, "idle": 0}
@@ -247,7 +250,7 @@ def make_env(env_id: str, max_idle_steps: int = 0) -> gym.Env:
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
     # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
     max_frames = 65_536 if env_id.startswith("Breakout") else 108_000
-    # MaxAndSkip reads the screen itself, when it needs it; of all observations RAM costs least.
+    # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
     env = gym.make(
         env_id, obs_type="ram", max_num_frames_per_episode=max_frames, disable_env_checker=True
     )
@@ -303,13 +306,13 @@ class RolloutStorage:
         self.observations = frames.permute(0, 1, 4, 2, 3)  # (T + 1, N, 4, 84, 84), channels last
         self.actions = torch.zeros(T, N, dtype=torch.int64).share_memory_()
         self.rewards = torch.zeros(T, N).share_memory_()
-        self.masks = torch.zeros(T, N).share_memory_()  # 0 where the step ended an episode, else 1
+        self.masks = torch.zeros(T, N).share_memory_()  # 0 where an episode ended, else 1
 
 
 class Worker:
     """Plays the environments of the given indices, with one thread and the shared network."""
 
-    def __init__(self, args, network: ActorCritic, storage: RolloutStorage, indices: range):
+    def __init__(self, args: Args, network: ActorCritic, storage: RolloutStorage, indices: range):
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         self.network, self.storage, self.indices = network, storage, indices
@@ -317,7 +320,8 @@ class Worker:
         # Hashed from the run's seed: with seed + i, runs 1 and 2 would share environments.
         seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
         self.num_envs = args.num_envs
-        self.first = RANK * args.num_envs // WORLD_SIZE + indices.start  # on all ranks together
+        # The number of its first environment, counted over all ranks.
+        self.first = RANK * args.num_envs // WORLD_SIZE + indices.start
         for index, seed, env in zip(indices, seeds[self.first :], self.envs):
             observation, _ = env.reset(seed=int(seed))
             storage.observations[-1, index] = torch.from_numpy(observation)
@@ -338,17 +342,16 @@ class Worker:
         """
         mine = slice(self.indices.start, self.indices.stop)
         observations = self.storage.observations[:, mine]  # (T + 1, n, 4, 84, 84)
-        actions, rewards, masks = (
-            array[:, mine].numpy()  # (T, n)
-            for array in (self.storage.actions, self.storage.rewards, self.storage.masks)
-        )
+        actions = self.storage.actions[:, mine].numpy()  # (T, n)
+        rewards = self.storage.rewards[:, mine].numpy()
+        masks = self.storage.masks[:, mine].numpy()
         observations[0] = observations[-1]  # goes on where the last rollout ended
         games = []
         for t in range(len(actions)):
             actions[t] = self.act(observations[t])
             for i, env in enumerate(self.envs):
                 observation, rewards[t, i], terminated, truncated, info = env.step(actions[t, i])
-                masks[t, i] = not (terminated or truncated)  # a game that is cut counts as lost
+                masks[t, i] = not (terminated or truncated)  # cut games end like lost ones
                 if terminated or truncated:
                     observation, reset_info = env.reset()
                     info |= reset_info
@@ -395,7 +398,7 @@ def run_worker(worker_end, parent_end, *worker_args) -> None:
 
 @contextmanager
 def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage):
-    """Starts a worker for each core; yields tell_workers(method, *arguments).
+    """Starts a worker for each of PyTorch's threads; yields tell_workers(method, *arguments).
 
     That calls the method in every worker and joins the answers, in the order of the environments.
     """
@@ -413,7 +416,7 @@ def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage):
             for process, parent_end in workers:
                 answers += parent_end.recv()
         except (EOFError, OSError):
-            raise ValueError(f"worker process {process.pid} died; --resume goes on") from None
+            raise ValueError(f"worker process {process.pid} died; continue with --resume") from None
         return answers
 
     try:
@@ -440,9 +443,9 @@ def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: 
 
     rewards, masks and the returns are (T, N), last_values (N,). A mask of 0 ends a return.
     """
-    returns, following = torch.empty_like(rewards), last_values
+    returns, next_returns = torch.empty_like(rewards), last_values
     for t in reversed(range(len(rewards))):
-        following = returns[t] = rewards[t] + gamma * masks[t] * following
+        next_returns = returns[t] = rewards[t] + gamma * masks[t] * next_returns
     return returns
 
 
@@ -475,17 +478,18 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_worker
     averaged = copy.deepcopy(learner).requires_grad_(False)
     parameters = list(learner.parameters())
     optimizer = torch.optim.RMSprop(parameters, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps)
+    # This loads the checkpoint, or writes the first one.
     run.begin({"network": learner, "averaged": averaged, "optimizer": optimizer}, tell_workers)
     num_updates = args.total_timesteps // (args.num_envs * args.num_steps)
 
     for update in range(run.progress["update"], num_updates):
-        left = 1 - update / num_updates if args.anneal_lr else 1
-        optimizer.param_groups[0]["lr"] = args.learning_rate * left
+        fraction_left = 1 - update / num_updates if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction_left
 
         # 1. rollout: T steps in each of N environments, into the storage
         if on_cuda:
             network.load_state_dict(learner.state_dict())
-        run.games += tell_workers("rollout", update)
+        run.ended_games += tell_workers("rollout", update)
 
         # 2. returns: (T, N)
         with torch.no_grad():
@@ -509,7 +513,7 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_worker
         average_over_ranks([stop, *(parameter.grad for parameter in parameters)])
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         if not grad_norm.isfinite():
-            raise ValueError(f"update {update}: gradient not finite; the last checkpoint stands")
+            raise ValueError(f"update {update}: gradient not finite; the last checkpoint is intact")
         optimizer.step()
         if update % 10 == 0:  # the weights of updates in between are nearly the same
             with torch.no_grad():
@@ -566,7 +570,7 @@ class Run:
         self.checkpoint = load_checkpoint(self.folder, args)
         fresh = {"update": 0, "seconds": 0.0, "games": 0, "last_scores": []}
         self.progress = self.checkpoint.get("progress", fresh)
-        self.games, self.stop_signals = [], []
+        self.ended_games, self.stop_signals = [], []
         if self.timesteps > args.total_timesteps:
             raise ValueError(f"--total-timesteps: {self.folder} has done {self.timesteps} already")
 
@@ -576,7 +580,8 @@ class Run:
 
     def begin(self, parts: dict[str, Any], tell_workers) -> None:
         """Restores the network, its average, the optimizer and the workers, or saves them."""
-        self.parts, checkpoint, self.checkpoint = parts, self.checkpoint, None
+        self.parts = parts
+        checkpoint, self.checkpoint = self.checkpoint, None  # free its memory at the end
         if len(set(gather(self.timesteps))) > 1:
             raise ValueError("the ranks see different checkpoints: do they share a disk?")
         device = parts["network"].actor.weight.device.type
@@ -588,32 +593,30 @@ class Run:
                 first = RANK * self.args.num_envs // WORLD_SIZE
                 tell_workers("load_state_dict", checkpoint["envs"][first:])
             except (KeyError, TypeError, RuntimeError):
-                raise ValueError(f"{self.folder}/checkpoint.pth is not of this version") from None
+                raise ValueError(f"{self.folder}/checkpoint.pth is of another version") from None
         if RANK == 0:
             save(self.folder / "args.json", asdict(self.args))
-            # What was logged after the checkpoint is purged: it will be logged again.
+            # Purge the points logged after the checkpoint: they will be logged again.
             self.writer = SummaryWriter(self.folder, purge_step=self.timesteps + 1)
             print(f"{parts['network']}\n{self.args.env_id} on {self.machine}, in {self.folder}")
             if checkpoint and checkpoint["machine"] != self.machine:
-                machine = checkpoint["machine"]
-                print(f"The run comes from {machine}: it goes on, but not bit for bit.")
-        self.clock = time.perf_counter()
+                print(f"Begun on {checkpoint['machine']}: it continues, but not bit for bit.")
+        self.start = time.perf_counter() - self.progress["seconds"]
         if not checkpoint:
             self.save_weights("weight_0.pth")
             self.save_checkpoint(tell_workers)  # now, so that a full disk shows now
-            self.clock = time.perf_counter()  # the start of the workers does not count
+            self.start = time.perf_counter()  # the start of the workers does not count
 
     def log_games(self) -> None:
-        """Brings the progress and the curves up to date with the games that ended on all ranks."""
-        games, self.games = sorted(sum(gather(self.games), [])), []
-        now, progress = time.perf_counter(), self.progress
-        progress["seconds"] += now - self.clock
-        self.clock = now
+        """Brings the progress and the curves up to date with the games that ended, on all ranks."""
+        games, self.ended_games = sorted(sum(gather(self.ended_games), [])), []
+        progress = self.progress
+        progress["seconds"] = time.perf_counter() - self.start
         progress["games"] += len(games)
         progress["last_scores"] += [score for _, score, _ in games]
         del progress["last_scores"][:-100]
         if RANK == 0:
-            for timestep, score, length in games:  # whole games, despite the usual names
+            for timestep, score, length in games:  # whole games, under the usual names
                 self.writer.add_scalar("charts/episodic_return", score, timestep)
                 self.writer.add_scalar("charts/episodic_length", length, timestep)
 
@@ -649,6 +652,27 @@ class Run:
         if RANK == 0:
             self.writer.flush()
             save(self.folder / "checkpoint.pth", state)
+
+    def finish(self) -> dict[str, Any]:
+        """Saves the last weights and result.json, and returns what that says."""
+        seconds, games = self.progress["seconds"], self.progress["games"]
+        result = {
+            "seed": self.args.seed,
+            "seconds": seconds,
+            "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}
+            | {"python": platform.python_version()},
+            "timesteps": self.timesteps,
+            "steps_per_second": self.timesteps / seconds,
+            "mean_return": float(np.mean(self.progress["last_scores"])) if games else None,
+            "games": games,
+        }
+        self.save_weights("weight_end.pth")
+        if RANK == 0:
+            self.writer.close()
+            save(self.folder / "result.json", result)
+            how = f"; continue with --resume {self.folder}" if self.stop_signals else ""
+            print(f"{self.timesteps} timesteps are done{how}. Everything is in {self.folder}")
+        return result
 
 
 def lock(folder: Path):
@@ -770,7 +794,7 @@ def train(args: Args) -> dict:
     try:
         storage = RolloutStorage(args.num_steps, args.num_envs // WORLD_SIZE)
     except RuntimeError:
-        raise ValueError("--num-envs, --num-steps: there is no memory for so many") from None
+        raise ValueError("--num-envs, --num-steps: not enough memory for so many") from None
     if platform.libc_ver()[0] == "glibc":  # keep the memory that an update frees: 13% more steps/s
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 2**30)
@@ -782,23 +806,7 @@ def train(args: Args) -> dict:
             dist.init_process_group()  # after the fork, which would copy its threads' locks
         with stop_requests(run.stop_signals):
             learn(args, network, storage, tell_workers, run)
-    progress = run.progress
-    result = {
-        "seed": args.seed,
-        "seconds": progress["seconds"],
-        "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}
-        | {"python": platform.python_version()},
-        "timesteps": run.timesteps,
-        "steps_per_second": run.timesteps / progress["seconds"],
-        "mean_return": float(np.mean(progress["last_scores"])) if progress["games"] else None,
-        "games": progress["games"],
-    }
-    run.save_weights("weight_end.pth")
-    if RANK == 0:
-        run.writer.close()
-        save(run.folder / "result.json", result)
-        how = f"; --resume {run.folder} goes on" if run.stop_signals else ""
-        print(f"{run.timesteps} timesteps are done{how}. Everything is in {run.folder}")
+            result = run.finish()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if signal.SIGTERM in run.stop_signals:

@@ -201,9 +201,9 @@ def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: 
 
     rewards, masks and the returns are (T, N), last_values (N,). A mask of 0 ends a return.
     """
-    returns, following = torch.empty_like(rewards), last_values
+    returns, next_returns = torch.empty_like(rewards), last_values
     for t in reversed(range(len(rewards))):
-        following = returns[t] = rewards[t] + gamma * masks[t] * following
+        next_returns = returns[t] = rewards[t] + gamma * masks[t] * next_returns
     return returns
 
 

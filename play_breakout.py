@@ -22,27 +22,26 @@
 The policy is a probability for each action, and each action is drawn from it; --greedy takes the
 most likely one instead.
 
-An attempt is one life: it starts with all bricks in place and without no-ops. A whole game is five
-lives, as in training: it begins with 1 to 30 no-ops, and when a life is lost the bricks stay, the
-frames are zeroed and one no-op follows; its score is the sum over all lives. Attempt or game
-number i (from 0) has the seed seed + i for its no-ops and its actions, so that it is the same
+An attempt is one life, with all bricks in place and no no-ops at its start. A whole game is five
+lives, as in training: 1 to 30 no-ops, then, after each lost life, the same bricks, one more no-op
+and an empty frame stack; its score is the sum over all lives. Attempt or game number i (from 0)
+has the seed seed + i for its no-ops and its actions, so that it is the same, up to rounding,
 whatever is played before it or beside it. A game that never ends, because the policy does not
-serve or the ball meets no brick any more, is cut after 65,536 frames, 18 minutes (other games than
-Breakout after 108,000).
+serve or the ball meets no brick any more, is cut after 65,536 frames, 18 minutes: from then on
+Breakout serves no ball. Other games are cut after 108,000.
 
 Each run leaves args.json, result.json and film.mp4 (with --gif also film.gif, with --random also
 first_screen.png) in runs/play_breakout__<seed>__<time>/. The film shows the screen after each
-decision, 15 a second: the speed of the game itself. The emulator is deterministic, so only the
+decision at the speed of the game itself, 15 a second. The emulator is deterministic, so only the
 actions are kept, and those of the best attempt or game are played once more for the film.
 
-Differs from the book: gymnasium instead of gym (a game ends `terminated`, lost, or `truncated`, at
-the frame limit); the screen turns gray before the maximum of two is taken, not after it, which is
-a few gray levels apart, and either's weights work in both.
+Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): gymnasium instead of gym (a game
+ends `terminated`, lost, or `truncated`, at the frame limit); the screen turns gray before the
+maximum of two is taken, not after it, a few gray levels apart, and either's weights play in both.
 """
 
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -72,26 +71,25 @@ class Args:
     weights: Path = PRETRAINED  # weights or checkpoint of a run, or weights of the book
     random: bool = False  # show what the game looks like: at most 1000 random decisions
     target_score: float = 400  # play lives until one scores more than this
-    max_attempts: int = 100  # lives to play at most, from 1
-    full_games: int | None = None  # whole games to play instead, from 1
-    greedy: bool = False  # take the most likely action; attempts are alike then, one is played
+    max_attempts: int = 100  # lives to play at most, 1 or more
+    full_games: int | None = None  # whole games to play instead, 1 or more
+    greedy: bool = False  # take the most likely action; all lives are alike then: one is played
     gif: bool = False  # film a GIF as well, in the screen's own size of 160 x 210
     env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
-    seed: int = 10_000  # of the first attempt or game, the next has seed + 1; from 0
+    seed: int = 10_000  # of the first attempt or game, the next has seed + 1; 0 or more
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
 
-    def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
-        of_policies = self.weights != PRETRAINED or self.full_games is not None or self.greedy
+    def __post_init__(self):  # tyro shows the message
+        policy = self.weights != PRETRAINED or self.full_games is not None or self.greedy
         for good, rule in [
-            (-math.inf < self.target_score < math.inf, "--target-score must be finite"),
+            (math.isfinite(self.target_score), "--target-score must be finite"),
             (self.max_attempts >= 1, "--max-attempts must be 1 or more"),
             (self.full_games is None or self.full_games >= 1, "--full-games must be 1 or more"),
             (0 <= self.seed < 2**31, "--seed must be from 0 to 2**31 - 1"),
             (self.device != "cuda" or torch.cuda.is_available(), "--device: there is no CUDA here"),
-            (not (self.random and of_policies),
-             "--random goes without --weights, --full-games and --greedy"),
-        ]:  # fmt: skip
+            (not (self.random and policy), "--random takes no --weights, --full-games, --greedy"),
+        ]:
             if not good:
                 raise ValueError(rule)
 
@@ -100,7 +98,7 @@ class Args:
 
 
 class NoopReset(gym.Wrapper):
-    """Begins each game with 1 to 30 no-ops, so that not all begin alike (Mnih et al. 2015)."""
+    """Begins a game with 1 to 30 no-ops, so that not all games begin alike (Mnih et al. 2015)."""
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
@@ -124,6 +122,7 @@ class MaxAndSkip(gym.Wrapper):
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         self.unwrapped.ale.getScreenGrayscale(self.screens[0])
+        self.screens[1] = 0
         return self.screens[0], info
 
     def step(self, action):
@@ -142,8 +141,8 @@ class MaxAndSkip(gym.Wrapper):
 class EpisodicLife(gym.Wrapper):
     """Ends the episode when a life is lost, so that losing it has a cost; the game goes on.
 
-    When a whole game ends, info["game"] is its score and its length in decisions. It ends too
-    after max_idle_steps decisions without a reward, unless that is 0.
+    When a whole game ends, info["game"] is its score and its length in decisions. A game also ends
+    after max_idle_steps decisions without a reward (in training; 0: never).
     """
 
     def __init__(self, env: gym.Env, max_idle_steps: int = 0):
@@ -168,9 +167,11 @@ class EpisodicLife(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         info = {}
-        if not self.game["over"] and seed is None:
+        if seed is not None:
+            self.game["over"] = True
+        if not self.game["over"]:
             observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
-        if self.game["over"] or seed is not None:  # the no-op, too, can end a game
+        if self.game["over"]:  # the no-op, too, can end a game
             observation, _ = self.env.reset(seed=seed, options=options)
             lives = self.unwrapped.ale.lives()
             self.game = {"over": False, "lives": lives, "score": 0.0, "length": 0, "idle": 0}
@@ -256,20 +257,17 @@ class ActorCritic(nn.Module):
 
 
 def load_network(path: Path, num_actions: int) -> ActorCritic:
-    """The network with a file's weights, of any float type; ValueError if they do not fit."""
+    """The network with the weights of a file; ValueError if they do not fit."""
+    if not path.is_file():
+        how = "`python a2c_breakout.py` makes one, weight_end.pth, and --weights FILE plays it"
+        raise ValueError(f"there is no policy at {path}: {how}")
     network = ActorCritic(num_actions)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)  # nothing in it runs
-        weights = weights.get("averaged", weights)  # a checkpoint of a training run
-        network.load_state_dict(weights)
-    except FileNotFoundError:
-        how = "`python a2c_breakout.py` makes one, weight_end.pth, and --weights FILE plays it"
-        raise ValueError(f"there is no policy at {path}: {how}") from None
-    except OSError:
-        raise
+        weights = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
+        network.load_state_dict(weights.get("averaged", weights))  # a checkpoint, or weights
     except Exception:  # damage makes torch.load raise nearly anything
-        actions = f"a network for {num_actions} actions"
-        raise ValueError(f"{path} is damaged, or does not hold the weights of {actions}") from None
+        what = f"the weights of a network for {num_actions} actions"
+        raise ValueError(f"{path} cannot be read, is damaged, or does not hold {what}") from None
     if not all(weight.isfinite().all() for weight in network.parameters()):
         raise ValueError(f"{path} cannot play: not all of its weights are finite numbers")
     return network
@@ -285,49 +283,31 @@ class Game:
         self.env, self.seed, self.whole = env, seed, whole
         self.frames, _ = env.reset(seed=seed)  # with a seed it is a new game: all bricks, all lives
         self.actions: list[int] = []
-        self.score: float | None = None  # until it is over
+        self.score: float | None = None  # None until it is over
 
     def step(self, action: int) -> None:
         self.actions.append(action)
-        self.frames, _, terminated, truncated, info = self.env.step(action)
-        if not self.whole and (terminated or truncated):
-            self.score = self.env.get_wrapper_attr("game")["score"]
-        elif terminated or truncated:
-            if "game" not in info:
-                self.frames, info = self.env.reset()  # the next life; its no-op may end the game
-            if "game" in info:  # the wrapper is in a new game by now
-                self.score, _ = info["game"]
+        self.frames, _, terminated, truncated, _ = self.env.step(action)
+        if terminated or truncated:
+            game = self.env.get_wrapper_attr("game")  # stays this one when the next begins
+            if self.whole and not game["over"]:
+                self.frames, _ = self.env.reset()  # the next life; its no-op may end the game
+            if game["over"] or not self.whole:
+                self.score = game["score"]
 
 
 @torch.no_grad()
 def act(network: nn.Module, games: list[Game], greedy: bool, device: str) -> list[int]:
     """An action for each game: drawn from the policy, or with greedy the most likely one."""
     observations = torch.from_numpy(np.stack([game.frames for game in games]))  # (N, 4, 84, 84)
-    _, logits = network(observations.to(device))  # (N, num_actions)
-    if not logits.isfinite().all():
+    logits = network(observations.to(device))[1].cpu().numpy()  # (N, num_actions)
+    if not np.isfinite(logits).all():
         raise ValueError("this policy cannot play: its weights are so large that they overflow")
-    if greedy:
-        return logits.argmax(-1).tolist()
-    # argmax(logits + Gumbel noise) is a draw from softmax(logits).
-    noise = [game.env.unwrapped.np_random.gumbel(size=logits.shape[1]) for game in games]
-    return (logits.cpu().numpy() + noise).argmax(axis=-1).tolist()
-
-
-def play_games(
-    network: nn.Module, envs: list[gym.Env], seeds: range, whole: bool, greedy: bool, device: str
-) -> Iterator[Game]:
-    """Plays a game for each seed, one in each environment at a time; yields each at its end."""
-    free, waiting, playing = envs, iter(seeds), []
-    while True:
-        playing += [Game(env, seed, whole) for env, seed in zip(free, waiting)]
-        if not playing:
-            return
-        for game, action in zip(playing, act(network, playing, greedy, device)):
-            game.step(action)
-        over = [game for game in playing if game.score is not None]
-        playing = [game for game in playing if game.score is None]
-        free = [game.env for game in over]
-        yield from over
+    if not greedy:
+        # argmax(logits + Gumbel noise) is a draw from softmax(logits): each game draws by itself.
+        noise = [game.env.unwrapped.np_random.gumbel(size=logits.shape[1]) for game in games]
+        logits = logits + noise
+    return logits.argmax(axis=-1).tolist()
 
 
 def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game], bool]:
@@ -336,33 +316,36 @@ def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game]
     The second value is True if Ctrl-C cut it short.
     """
     whole = args.full_games is not None
-    if whole:  # 16 side by side are faster than one at a time
-        kind, count, side_by_side = "game", args.full_games, min(args.full_games, 16)
-    else:  # one at a time: whether there is a next attempt depends on this one
-        kind, count, side_by_side = "attempt", 1 if args.greedy else args.max_attempts, 1
-    envs = [make_env(args.env_id, whole) for _ in range(side_by_side)]
+    count = args.full_games or (1 if args.greedy else args.max_attempts)
+    kind, target = ("game", math.inf) if whole else ("attempt", args.target_score)
     seeds = range(args.seed, args.seed + count)
-    games, interrupted = [], False
+    # 16 games at a time are faster; but whether there is a next attempt depends on the one before.
+    free = [make_env(args.env_id, whole) for _ in range(min(count, 16) if whole else 1)]
+    waiting, playing, games, interrupted = iter(seeds), [], [], False
     try:
         with tqdm(total=count, unit=kind, leave=False, disable=None) as bar:
-            for game in play_games(network, envs, seeds, whole, args.greedy, device):
-                games.append(game)
-                tqdm.write(f"{kind} {game.seed - args.seed + 1}: {game.score:g}")
-                bar.update()
-                if not whole and game.score > args.target_score:
-                    break
+            while len(games) < count and all(game.score <= target for game in games):
+                playing += [Game(env, seed, whole) for env, seed in zip(free, waiting)]
+                for game, action in zip(playing, act(network, playing, args.greedy, device)):
+                    game.step(action)
+                over = [game for game in playing if game.score is not None]
+                playing = [game for game in playing if game.score is None]
+                free = [game.env for game in over]
+                for game in over:
+                    tqdm.write(f"{kind} {game.seed - args.seed + 1}: {game.score:g}")
+                games += over
+                bar.update(len(over))
     except KeyboardInterrupt:
         interrupted = True
-    # After Ctrl-C the long games are missing. Not to favour the short ones, only the games before
-    # the first gap in the seeds count.
+    # Ctrl-C loses the long games first. So as not to favour the short ones, only the games up to
+    # the first one that is missing count.
     games.sort(key=lambda game: game.seed)
     games = [game for game, seed in zip(games, seeds) if game.seed == seed]
     if not games:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # there is nothing to keep
     if not whole:
         best = max(game.score for game in games)
-        verdict = "is reached" if best > args.target_score else "is missed"
-        print(f"best of {len(games)} attempts: {best:g}; over {args.target_score:g} {verdict}")
+        print(f"best of {len(games)} attempts: {best:g} (the target: over {target:g})")
     return games, interrupted
 
 
@@ -376,7 +359,7 @@ def replay(game: Game) -> Iterator[np.ndarray]:
 
 
 def play_randomly(args: Args, run_dir: Path) -> tuple[float, list[np.ndarray]]:
-    """A first look at the game and at how far chance goes; returns the score and the screens."""
+    """A first look at the game and at what chance scores; returns the score and the screens."""
     game = make_game(args.env_id, "rgb")
     print(f"observation space: {game.observation_space}")
     print(f"action space:      {game.action_space}")
@@ -404,23 +387,19 @@ def play_randomly(args: Args, run_dir: Path) -> tuple[float, list[np.ndarray]]:
 
 
 def film(screens: Iterable[np.ndarray], run_dir: Path, gif: bool) -> None:
-    """Writes film.mp4, three times as large as the screen, and perhaps film.gif.
-
-    They get these names when they are whole.
-    """
-    mp4_part, gif_part = run_dir / "part.mp4", run_dir / "part.gif"
-    # Without macro_block_size imageio stretches 480 x 630 to multiples of 16.
-    writers = [imageio.get_writer(mp4_part, fps=15, macro_block_size=2)]
+    """Writes film.mp4, three times as large as the screen, and perhaps film.gif."""
+    # By default imageio would stretch 480 x 630 to multiples of 16.
+    writers = [imageio.get_writer(run_dir / "part.mp4", fps=15, macro_block_size=2)]
     if gif:  # 70 ms a frame, in GIF's units of 10; subrectangles stores only what changes
-        writers.append(imageio.get_writer(gif_part, duration=70, loop=0, subrectangles=True))
+        options = {"duration": 70, "loop": 0, "subrectangles": True}
+        writers.append(imageio.get_writer(run_dir / "part.gif", **options))
     for screen in screens:
         for writer, scale in zip(writers, (3, 1)):
             writer.append_data(screen.repeat(scale, axis=0).repeat(scale, axis=1))
     for writer in writers:
         writer.close()
-    os.replace(mp4_part, run_dir / "film.mp4")
-    if gif:
-        os.replace(gif_part, run_dir / "film.gif")
+    for part in run_dir.glob("part.*"):
+        part.rename(part.with_stem("film"))  # now it is complete
 
 
 def play(args: Args) -> dict:
@@ -429,7 +408,7 @@ def play(args: Args) -> dict:
     Raises ValueError for bad input and OSError for files. After Ctrl-C, what is over by then is
     kept and filmed, and then KeyboardInterrupt is raised again.
     """
-    torch.set_num_threads(1)  # a few frames at a time are too little to share
+    torch.set_num_threads(1)  # a few frames are too little work for several threads
     cv2.setNumThreads(1)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     with make_game(args.env_id) as env:
@@ -450,24 +429,21 @@ def play(args: Args) -> dict:
         games, interrupted = play_policy(args, network, device)
         scores = [game.score for game in games]
         screens = replay(max(games, key=lambda game: game.score))
+    mean, std = float(np.mean(scores)), float(np.std(scores))
     result = {
         "seed": args.seed,
         "seconds": time.perf_counter() - start,
         "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}
         | {"python": platform.python_version()},
-        "scores": scores,
-        "mean": float(np.mean(scores)),
-        "std": float(np.std(scores)),
-        "min": min(scores),
-        "max": max(scores),
+        **{"scores": scores, "mean": mean, "std": std, "min": min(scores), "max": max(scores)},
     }
     print(
-        f"scores: {len(scores)}, mean {result['mean']:.1f}, standard deviation "
-        f"{result['std']:.1f}, min {result['min']:g}, max {result['max']:g}"
+        f"scores: {len(scores)}, mean {mean:.1f}, standard deviation {std:.1f}, "
+        f"min {min(scores):g}, max {max(scores):g}"
     )
     (run_dir / "result.json").write_text(json.dumps(result, indent=2))
     film(screens, run_dir, args.gif)
-    print(f"Everything is in {run_dir}, the film is film.mp4")
+    print(f"Everything is in {run_dir}; the film is film.mp4")
     if interrupted:
         raise KeyboardInterrupt
     return result

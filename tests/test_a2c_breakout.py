@@ -595,7 +595,7 @@ def test_a_file_is_whole_on_the_disk_before_its_name_and_the_name_before_we_go_o
         ({"log_every": 0}, "--log-every"),
         ({"save_every": 0}, "--save-every"),
         ({"checkpoint_every": 0}, "--checkpoint-every"),
-        ({"num_envs": 10**9, "total_timesteps": 10**11}, "there is no memory"),
+        ({"num_envs": 10**9, "total_timesteps": 10**11}, "not enough memory"),
         ({"env_id": "NoSuchGameNoFrameskip-v4"}, "not a game of ale-py"),
         ({"env_id": "CartPole-v1"}, "not a game of ale-py"),
         ({"env_id": "ALE/Breakout-v5"}, "not a game of ale-py"),
@@ -629,7 +629,7 @@ def test_ctrl_c_saves_and_exits(tmp_path):
     output, errors = process.communicate(timeout=30)
     assert process.returncode == 0 and errors == "" and gone(workers)
     (run_dir,) = tmp_path.iterdir()
-    end = f" timesteps are done; --resume {run_dir} goes on. Everything is in {run_dir}\n"
+    end = f" timesteps are done; continue with --resume {run_dir}. Everything is in {run_dir}\n"
     assert output.endswith(end)
     assert {"checkpoint.pth", "weight_end.pth", "result.json"} <= set(os.listdir(run_dir))
 

@@ -581,7 +581,8 @@ def test_bad_weights_give_one_line(tmp_path):
     (tmp_path / "noise.pth").write_bytes(np.random.default_rng(0).bytes(1000))
     done = run_script("--weights", "noise.pth", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: noise.pth cannot be read") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: noise.pth cannot be read")
+    assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["noise.pth"]
 
 

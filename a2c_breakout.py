@@ -601,6 +601,7 @@ class Run:
             print(f"{parts['network']}\n{self.args.env_id} on {self.machine}, in {self.folder}")
             if checkpoint and checkpoint["machine"] != self.machine:
                 print(f"Begun on {checkpoint['machine']}: it continues, but not bit for bit.")
+        self.before = self.timesteps, self.progress["seconds"]  # in earlier parts of the run
         self.start = time.perf_counter() - self.progress["seconds"]
         if not checkpoint:
             self.save_weights("weight_0.pth")
@@ -623,7 +624,8 @@ class Run:
     def log(self, losses: dict[str, Tensor], learning_rate: float) -> None:
         """Adds a point to each curve and prints a line."""
         self.log_games()
-        speed = self.timesteps / self.progress["seconds"]
+        timesteps, seconds = self.before
+        speed = (self.timesteps - timesteps) / (self.progress["seconds"] - seconds)
         curves = {"charts/SPS": speed, "charts/learning_rate": learning_rate}
         curves |= {f"losses/{name}": loss.item() for name, loss in losses.items()}
         scores = self.progress["last_scores"] or [math.nan]

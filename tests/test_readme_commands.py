@@ -122,8 +122,9 @@ def test_the_map_of_the_book_has_every_script_and_flags_that_it_accepts(name):
 
 def test_the_python_example(folder):
     [code] = [content for language, content in blocks("README.md") if language == "python"]
-    assert "1_000_000" in code
-    (folder / "example.py").write_text(code.replace("1_000_000", "160"))
+    assert "seed=3" in code
+    code = code.replace("seed=3", "seed=3, num_episodes=3, eval_episodes=2")
+    (folder / "example.py").write_text(code)
     done = run(folder, "python example.py")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "None"  # no game has ended yet
+    assert 1 <= float(done.stdout.splitlines()[-1]) <= 200  # steps an episode

@@ -325,6 +325,7 @@ def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game]
     try:
         with tqdm(total=count, unit=kind, leave=False, disable=None) as bar:
             while len(games) < count and all(game.score <= target for game in games):
+                # zip asks free before waiting: the other way round a seed would be lost.
                 playing += [Game(env, seed, whole) for env, seed in zip(free, waiting)]
                 for game, action in zip(playing, act(network, playing, args.greedy, device)):
                     game.step(action)

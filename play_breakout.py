@@ -332,9 +332,9 @@ def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game]
                 over = [game for game in playing if game.score is not None]
                 playing = [game for game in playing if game.score is None]
                 free = [game.env for game in over]
+                games += over
                 for game in over:
                     tqdm.write(f"{kind} {game.seed - args.seed + 1}: {game.score:g}")
-                games += over
                 bar.update(len(over))
     except KeyboardInterrupt:
         interrupted = True

@@ -135,8 +135,11 @@ def command_line(folder: Path, *flags: str) -> subprocess.Popen:
     """A real run in that folder; should it try to download, it finds no mirror."""
     env = {**os.environ, "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     command = [sys.executable, "-u", mnist.__file__, "--device", "cpu", *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=env, text=True, **pipes)
+    return subprocess.Popen(
+        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Tests that were started in the background ignore SIGINT, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
 
 
 def count_correct(weights: Path, data_dir: Path) -> int:

@@ -26,9 +26,9 @@ An attempt is one life, with all bricks in place and no no-ops at its start. A w
 lives, as in training: 1 to 30 no-ops, then, after each lost life, the same bricks, one more no-op
 and an empty frame stack; its score is the sum over all lives. Attempt or game number i (from 0)
 has the seed seed + i for its actions and no-ops, so that it is the same, up to rounding, whatever
-is played before it or beside it. A game that never ends, because the policy does not
-serve or the ball meets no brick any more, is cut after 65,536 frames, 18 minutes: from then on
-Breakout serves no ball. Other games are cut after 108,000.
+is played before it or beside it. A game that never ends, because the policy does not serve or the
+ball meets no brick any more, is cut after 65,536 frames, 18 minutes: from then on Breakout serves
+no ball. Other games are cut after 108,000.
 
 Each run leaves args.json, result.json and film.mp4 (with --gif also film.gif, with --random also
 first_screen.png) in runs/play_breakout__<seed>__<time>/. The film shows the screen after each

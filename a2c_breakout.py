@@ -181,7 +181,7 @@ class EpisodicLife(gym.Wrapper):
     def __init__(self, env: gym.Env, max_idle_steps: int = 0):
         super().__init__(env)
         self.max_idle_steps = max_idle_steps
-        self.game = {"over": True}
+        self.game = {"over": True}  # reset() adds lives, score, length, idle
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
@@ -310,7 +310,7 @@ class RolloutStorage:
 
 
 class Worker:
-    """Plays the environments of the given indices, with one thread and the shared network."""
+    """Plays some of this rank's environments, with one thread and the shared network."""
 
     def __init__(self, args: Args, network: ActorCritic, storage: RolloutStorage, indices: range):
         torch.set_num_threads(1)
@@ -324,7 +324,7 @@ class Worker:
         self.first = RANK * args.num_envs // WORLD_SIZE + indices.start
         for index, seed, env in zip(indices, seeds[self.first :], self.envs):
             observation, _ = env.reset(seed=int(seed))
-            storage.observations[-1, index] = torch.from_numpy(observation)
+            storage.observations[-1, index] = torch.from_numpy(observation)  # rollout() starts here
 
     @torch.no_grad()
     def act(self, observations: Tensor) -> np.ndarray:
@@ -366,22 +366,21 @@ class Worker:
         return [
             {
                 "game": env.get_wrapper_attr("game"),
-                "frames": torch.from_numpy(env.frames.copy()),
+                "frames": env.frames.tobytes(),
                 "emulator": env.unwrapped.ale.cloneSystemState().serialize(),
                 "generator": env.unwrapped.np_random.bit_generator.state,
             }
             for env in self.envs
         ]
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> list:
-        for index, env in zip(self.indices, self.envs):
-            state = states[index]
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Takes over its environments' part of the states of all environments, on all ranks."""
+        for index, env, state in zip(self.indices, self.envs, states[self.first :]):
             env.get_wrapper_attr("game").update(state["game"])
-            env.frames[:] = state["frames"].numpy()
+            env.frames[:] = np.frombuffer(state["frames"], np.uint8).reshape(4, 84, 84)
             env.unwrapped.ale.restoreSystemState(ale_py.ALEState(state["emulator"]))
             env.unwrapped.np_random.bit_generator.state = state["generator"]
-            self.storage.observations[-1, index] = state["frames"]
-        return []  # tell_workers joins lists
+            self.storage.observations[-1, index] = torch.from_numpy(env.frames)
 
 
 def run_worker(worker_end, parent_end, *worker_args) -> None:
@@ -414,7 +413,7 @@ def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage):
             for process, parent_end in workers:
                 parent_end.send((method, *arguments))
             for process, parent_end in workers:
-                answers += parent_end.recv()
+                answers += parent_end.recv() or []
         except (EOFError, OSError):
             raise ValueError(f"worker process {process.pid} died; continue with --resume") from None
         return answers
@@ -423,8 +422,8 @@ def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage):
         for i in range(num_workers):
             indices = range(i * num_envs // num_workers, (i + 1) * num_envs // num_workers)
             parent_end, worker_end = context.Pipe()
-            worker_args = (worker_end, parent_end, args, network, storage, indices)
-            process = context.Process(target=run_worker, args=worker_args, daemon=True)
+            run_args = (worker_end, parent_end, args, network, storage, indices)
+            process = context.Process(target=run_worker, args=run_args, daemon=True)
             process.start()
             worker_end.close()  # only the worker holds it now: if it dies, recv() ends
             workers.append((process, parent_end))
@@ -467,10 +466,11 @@ def compute_losses(
 
 
 def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_workers, run) -> None:
-    """Trains until the end or a stop signal; the run (a Run, below) logs and saves.
+    """Trains until the end or a stop signal. Raises ValueError when a gradient is not finite.
 
-    On a CPU the learner's weights are the memory from which the workers read; on CUDA they are
-    copied there for each rollout. Raises ValueError when a gradient is not finite.
+    The workers play with the network, and the learner is trained: on a CPU they are one and the
+    same, on CUDA the learner's weights are copied to the network for each rollout. The run (a Run,
+    below) knows how far it is, collects the games that ended and the stop signals, logs and saves.
     """
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
@@ -509,13 +509,15 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_worker
         # 4. update
         optimizer.zero_grad()
         loss.backward()
-        stop = torch.tensor(float(len(run.stop_signals)), device=device)  # all ranks stop together
+        # A stop signal to one rank makes this mean greater than 0 on all: they stop together.
+        stop = torch.tensor(float(len(run.stop_signals)), device=device)
         average_over_ranks([stop, *(parameter.grad for parameter in parameters)])
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         if not grad_norm.isfinite():
             raise ValueError(f"update {update}: gradient not finite; the last checkpoint is intact")
         optimizer.step()
-        if update % 10 == 0:  # the weights of updates in between are nearly the same
+        # Every tenth is enough for an average: those in between are nearly the same.
+        if update % 10 == 0 or args.average_decay == 0:
             with torch.no_grad():
                 for mean, weight in zip(averaged.parameters(), parameters):
                     mean.lerp_(weight, 1 - args.average_decay)
@@ -527,9 +529,9 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_worker
             run.log(losses, optimizer.param_groups[0]["lr"])
         if (update + 1) % args.save_every == 0:
             run.save_weights(f"weight_{update + 1}.pth")
-        if (update + 1) % args.checkpoint_every == 0 or stop or update + 1 == num_updates:
+        if (update + 1) % args.checkpoint_every == 0 or stop > 0 or update + 1 == num_updates:
             run.save_checkpoint(tell_workers)
-        if stop:
+        if stop > 0:
             break
 
 
@@ -567,7 +569,7 @@ class Run:
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
             self.lock = lock(self.folder)
-        self.checkpoint = load_checkpoint(self.folder, args)
+        self.checkpoint = load_checkpoint(self.folder, args)  # {} where a run begins
         fresh = {"update": 0, "seconds": 0.0, "games": 0, "last_scores": []}
         self.progress = self.checkpoint.get("progress", fresh)
         self.ended_games, self.stop_signals = [], []
@@ -590,8 +592,7 @@ class Run:
             try:
                 for name, part in parts.items():
                     part.load_state_dict(checkpoint[name])
-                first = RANK * self.args.num_envs // WORLD_SIZE
-                tell_workers("load_state_dict", checkpoint["envs"][first:])
+                tell_workers("load_state_dict", checkpoint["envs"])
             except (KeyError, TypeError, RuntimeError):
                 raise ValueError(f"{self.folder}/checkpoint.pth is of another version") from None
         if RANK == 0:
@@ -601,7 +602,7 @@ class Run:
             print(f"{parts['network']}\n{self.args.env_id} on {self.machine}, in {self.folder}")
             if checkpoint and checkpoint["machine"] != self.machine:
                 print(f"Begun on {checkpoint['machine']}: it continues, but not bit for bit.")
-        self.before = self.timesteps, self.progress["seconds"]  # in earlier parts of the run
+        self.before = self.timesteps, self.progress["seconds"]  # done in earlier parts of the run
         self.start = time.perf_counter() - self.progress["seconds"]
         if not checkpoint:
             self.save_weights("weight_0.pth")
@@ -624,8 +625,9 @@ class Run:
     def log(self, losses: dict[str, Tensor], learning_rate: float) -> None:
         """Adds a point to each curve and prints a line."""
         self.log_games()
-        timesteps, seconds = self.before
-        speed = (self.timesteps - timesteps) / (self.progress["seconds"] - seconds)
+        timesteps_before, seconds_before = self.before
+        seconds = self.progress["seconds"] - seconds_before
+        speed = (self.timesteps - timesteps_before) / seconds
         curves = {"charts/SPS": speed, "charts/learning_rate": learning_rate}
         curves |= {f"losses/{name}": loss.item() for name, loss in losses.items()}
         scores = self.progress["last_scores"] or [math.nan]
@@ -641,9 +643,8 @@ class Run:
             )
 
     def save_weights(self, name: str) -> None:
-        kept = self.parts["averaged" if self.args.average_decay else "network"]
         if RANK == 0:
-            save(self.folder / name, kept.state_dict())
+            save(self.folder / name, self.parts["averaged"].state_dict())
 
     def save_checkpoint(self, tell_workers) -> None:
         """Saves all that the rest of the run depends on."""
@@ -720,21 +721,21 @@ def read_args(folder: Path) -> Args | None:
         if any(file.name != "lock" and file.suffix != ".tmp" for file in folder.glob("*")):
             raise ValueError(f"--resume: {folder} is neither the folder of a run nor empty")
         return None
-    free = {"device": "auto", "resume": folder, "runs_dir": Path("runs")}
+    here = {"device": "auto", "resume": folder, "runs_dir": Path("runs")}
     try:
-        return Args(**json.loads(path.read_text()) | free)
+        return Args(**json.loads(path.read_text()) | here)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--resume: {path} is damaged, or of another version: {error}") from None
 
 
 def refuse_changes(args: Args) -> None:
     """Raises ValueError if a flag differs that a resumed run cannot change."""
-    free = {"device", "resume", "runs_dir", "checkpoint_every", "save_every", "log_every"}
+    may_change = {"device", "resume", "runs_dir", "checkpoint_every", "save_every", "log_every"}
     if not args.anneal_lr:  # a falling rate depends on it from the first update on
-        free.add("total_timesteps")
+        may_change.add("total_timesteps")
     began_with = args.resume and read_args(args.resume)
     for name, value in asdict(began_with or args).items():
-        if name not in free and getattr(args, name) != value:
+        if name not in may_change and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
             why = " while the learning rate falls" if name == "total_timesteps" else ""
             raise ValueError(f"{flag}: {args.resume} began with {value}; that cannot change{why}")
@@ -751,12 +752,14 @@ def load_checkpoint(folder: Path, args: Args) -> dict[str, Any]:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if (checkpoint["env_id"], len(checkpoint["envs"])) != (args.env_id, args.num_envs):
+        envs = checkpoint["envs"]
+        kept = checkpoint["env_id"], len(envs), type(envs[0]["frames"])  # a tensor in early 0.2.0
+        if kept != (args.env_id, args.num_envs, bytes):
             raise ValueError
     except OSError:
         raise
     except Exception:  # damage makes zipfile and torch.load raise nearly anything
-        raise ValueError(f"{path} is damaged, or not a checkpoint of this run") from None
+        raise ValueError(f"{path} is damaged, of another version, or not of this run") from None
     return checkpoint
 
 

@@ -81,14 +81,14 @@ class Args:
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
 
     def __post_init__(self):  # tyro shows the message
-        policy = self.weights != PRETRAINED or self.full_games is not None or self.greedy
+        a_policy = self.weights != PRETRAINED or self.full_games is not None or self.greedy
         for good, rule in [
             (math.isfinite(self.target_score), "--target-score must be finite"),
             (self.max_attempts >= 1, "--max-attempts must be 1 or more"),
             (self.full_games is None or self.full_games >= 1, "--full-games must be 1 or more"),
             (0 <= self.seed < 2**31, "--seed must be from 0 to 2**31 - 1"),
             (self.device != "cuda" or torch.cuda.is_available(), "--device: there is no CUDA here"),
-            (not (self.random and policy), "--random takes no --weights, --full-games, --greedy"),
+            (not (self.random and a_policy), "--random takes no --weights, --full-games, --greedy"),
         ]:
             if not good:
                 raise ValueError(rule)
@@ -148,7 +148,7 @@ class EpisodicLife(gym.Wrapper):
     def __init__(self, env: gym.Env, max_idle_steps: int = 0):
         super().__init__(env)
         self.max_idle_steps = max_idle_steps
-        self.game = {"over": True}
+        self.game = {"over": True}  # reset() adds lives, score, length, idle
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
@@ -217,6 +217,7 @@ def make_game(env_id: str, obs_type: str = "ram") -> gym.Env:
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
     # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
     max_frames = 65_536 if env_id.startswith("Breakout") else 108_000
+    # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
     return gym.make(
         env_id, obs_type=obs_type, max_num_frames_per_episode=max_frames, disable_env_checker=True
     )
@@ -289,11 +290,11 @@ class Game:
         self.actions.append(action)
         self.frames, _, terminated, truncated, _ = self.env.step(action)
         if terminated or truncated:
-            game = self.env.get_wrapper_attr("game")  # stays this one when the next begins
-            if self.whole and not game["over"]:
+            status = self.env.get_wrapper_attr("game")  # of this game, also when the next begins
+            if self.whole and not status["over"]:
                 self.frames, _ = self.env.reset()  # the next life; its no-op may end the game
-            if game["over"] or not self.whole:
-                self.score = game["score"]
+            if status["over"] or not self.whole:
+                self.score = status["score"]
 
 
 @torch.no_grad()
@@ -319,8 +320,9 @@ def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game]
     count = args.full_games or (1 if args.greedy else args.max_attempts)
     kind, target = ("game", math.inf) if whole else ("attempt", args.target_score)
     seeds = range(args.seed, args.seed + count)
-    # 16 games at a time are faster; but whether there is a next attempt depends on the one before.
-    free = [make_env(args.env_id, whole) for _ in range(min(count, 16) if whole else 1)]
+    # 16 games at a time are faster. Attempts come one by one: a good one is the last.
+    num_envs = min(count, 16) if whole else 1
+    free = [make_env(args.env_id, whole) for _ in range(num_envs)]
     waiting, playing, games, interrupted = iter(seeds), [], [], False
     try:
         with tqdm(total=count, unit=kind, leave=False, disable=None) as bar:
@@ -352,6 +354,7 @@ def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game]
 
 def replay(game: Game) -> Iterator[np.ndarray]:
     """Plays a game once more and yields the screen, (210, 160, 3) uint8, after each decision."""
+    # The seed decides the no-ops at the start; after it the actions alone decide.
     again = Game(game.env, game.seed, game.whole)
     for action in game.actions:
         again.step(action)
@@ -361,20 +364,20 @@ def replay(game: Game) -> Iterator[np.ndarray]:
 
 def play_randomly(args: Args, run_dir: Path) -> tuple[float, list[np.ndarray]]:
     """A first look at the game and at what chance scores; returns the score and the screens."""
-    game = make_game(args.env_id, "rgb")
-    print(f"observation space: {game.observation_space}")
-    print(f"action space:      {game.action_space}")
-    print(f"action meanings:   {game.unwrapped.get_action_meanings()}")
+    bare = make_game(args.env_id, "rgb")
+    print(f"observation space: {bare.observation_space}")
+    print(f"action space:      {bare.action_space}")
+    print(f"action meanings:   {bare.unwrapped.get_action_meanings()}")
     if args.env_id.startswith("Breakout"):
         print("On the screen: the score, the lives that are left, the number of players.")
         print("NOOP does nothing, FIRE serves the ball, RIGHT and LEFT move the paddle.")
-    env = MaxAndSkip(game)
+    env = MaxAndSkip(bare)
     env.reset(seed=args.seed)
-    ale = game.unwrapped.ale
+    ale = bare.unwrapped.ale
     imageio.imwrite(run_dir / "first_screen.png", ale.getScreenRGB())
     rng = np.random.default_rng(args.seed)
     score, screens = 0.0, []  # 100 MB at most
-    for action in rng.integers(game.action_space.n, size=1000):
+    for action in rng.integers(bare.action_space.n, size=1000):
         _, reward, terminated, truncated, _ = env.step(action)
         score += reward
         screens.append(ale.getScreenRGB())
@@ -406,8 +409,8 @@ def film(screens: Iterable[np.ndarray], run_dir: Path, gif: bool) -> None:
 def play(args: Args) -> dict:
     """Plays, and leaves result.json and the film in the run's folder; returns the result.
 
-    Raises ValueError for bad input and OSError for files. After Ctrl-C, what is over by then is
-    kept and filmed, and then KeyboardInterrupt is raised again.
+    Raises ValueError for bad input and OSError for files. After Ctrl-C while a policy plays, what
+    is over by then is kept and filmed, and then KeyboardInterrupt is raised again.
     """
     torch.set_num_threads(1)  # a few frames are too little work for several threads
     cv2.setNumThreads(1)

@@ -325,6 +325,13 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
     assert update_of(tmp_path / "run") % 5 == 0
 
 
+def test_more_environments_than_files_may_be_open(tmp_path):
+    """As 1024 environments under the usual limit: no environment needs a file of its own."""
+    process = run("--num-envs", 96, "--num-steps", 1, "--total-timesteps", 96, "--resume", tmp_path,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96)))  # fmt: skip
+    assert process.returncode == 0, process.stderr
+
+
 def test_a_full_disk_ends_the_run_in_one_line(copy):
     """A limit on a file's size stands in: the kernel refuses the write in the same place."""
     before = (copy / "checkpoint.pth").read_bytes()

@@ -1,12 +1,13 @@
 """Draws how runs of a2c_breakout.py learnt: scores and lengths of their whole games.
 
     python benchmarks/breakout_curve.py runs/seed1 runs/seed2 runs/seed3 --name breakout_curves
+    python benchmarks/breakout_curve.py runs/a runs/b --labels default higher --name breakout_trials
 
 Reads the TensorBoard files in the runs' folders and writes, in benchmarks/results/,
-breakout_curves.csv, a row for each game in training (timestep: when it ended; length: in
-decisions), and breakout_curves.png: above the scores, below the lengths, the dots single games, the
-lines running means of 100. Prints when the running mean first reached 100, 200, 300 and 400, and
-how much of the last million timesteps went into games of over 3000 decisions.
+breakout_curves.csv, a row for each game in training (the run's seed or label; timestep: when the
+game ended; length: in decisions), and breakout_curves.png: above the scores, below the lengths, the
+dots single games, the lines running means of 100. Prints when the running mean first reached 100,
+200, 300 and 400, and how much of the last million timesteps went into games of over 3000 decisions.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
-def report(seed: int, games: np.ndarray, events: EventAccumulator) -> None:
+def report(label: str, games: np.ndarray, events: EventAccumulator) -> None:
     """Prints when the running mean passed each hundred, and the share of the long games."""
     timesteps, scores, lengths = games.T
     points = events.Scalars("charts/SPS")
@@ -39,7 +40,7 @@ def report(seed: int, games: np.ndarray, events: EventAccumulator) -> None:
     pause = 10 * np.median(seconds)  # a run that was stopped and resumed later
     hours = np.cumsum(np.where(seconds > pause, 0, seconds)) / 3600
     last, mean = points[-1].step, running_mean(scores)
-    print(f"seed {seed}: {len(games)} games, {last:,} timesteps in {hours[-1]:.2f} hours, "
+    print(f"{label}: {len(games)} games, {last:,} timesteps in {hours[-1]:.2f} hours, "
           f"mean of the last 100 games {mean[-1]:.1f}, best game {scores.max():.0f}")  # fmt: skip
     for goal in (100, 200, 300, 400):
         if mean.max() < goal:
@@ -55,10 +56,13 @@ def report(seed: int, games: np.ndarray, events: EventAccumulator) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, of one seed each")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--labels", nargs="+", help="of the runs, in place of their seeds")
     parser.add_argument("--name", required=True, help="of the two files to write")
     parser.add_argument("--title", default="A2C on Breakout: whole games during training")
     args = parser.parse_args()
+    if args.labels and len(args.labels) != len(args.runs):
+        parser.error("--labels: one for each run")
 
     rows = []
     figure, (above, below) = plt.subplots(2, sharex=True, figsize=(9, 7), dpi=110)
@@ -69,12 +73,13 @@ def main() -> None:
         scores, lengths = (events.Scalars(tag) for tag in tags)
         pairs = zip(scores, lengths, strict=True)
         games = np.array([(game.step, game.value, length.value) for game, length in pairs])
-        rows += [(seed, *map(int, game)) for game in games]
-        report(seed, games, events)
+        label = args.labels[number] if args.labels else f"seed {seed}"
+        rows += [(label if args.labels else seed, *map(int, game)) for game in games]
+        report(label, games, events)
         for axes, values in ((above, games[:, 1]), (below, games[:, 2])):
             mean, millions = running_mean(values), games[:, 0] / 1e6
             axes.plot(millions, values, ".", markersize=2, alpha=0.15, color=f"C{number}")
-            axes.plot(millions[-len(mean):], mean, color=f"C{number}", label=f"seed {seed}")
+            axes.plot(millions[-len(mean):], mean, color=f"C{number}", label=label)
 
     above.set(title=args.title, ylabel="score (points)", xlim=(0, None), ylim=(0, None))
     legend = "mean of the last 100 games;\na dot is a single game"
@@ -88,7 +93,7 @@ def main() -> None:
     figure.tight_layout()
     figure.savefig(RESULTS / f"{args.name}.png")
     with open(RESULTS / f"{args.name}.csv", "w", newline="") as file:
-        header = ("seed", "timestep", "score", "length")
+        header = ("run" if args.labels else "seed", "timestep", "score", "length")
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 

@@ -327,9 +327,9 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
 
 def test_more_environments_than_files_may_be_open(tmp_path):
     """As 1024 environments under the usual limit: no environment needs a file of its own."""
-    limits = (96, 96)
+    most = (96, 96)
     process = run("--num-envs", 96, "--num-steps", 1, "--total-timesteps", 96, "--resume", tmp_path,
-                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))  # fmt: skip
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, most))  # fmt: skip
     assert process.returncode == 0, process.stderr
 
 

@@ -20,7 +20,7 @@ games are played side by side for five steps; these 80 transitions then make one
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.25 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
-In the first term A_t is a constant: no gradient flows through it. The algorithm is S3 of Mnih et
+In the first term A_t is a constant: no gradient flows through it. This is algorithm S3 of Mnih et
 al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016 (A3C), made synchronous.
 The frames and the network are those of Mnih et al., "Human-level control through deep
 reinforcement learning", Nature 518, 2015, Methods.
@@ -37,8 +37,8 @@ Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学�
 Here rewards are cut to their sign, the value loss weighs half as much, the learning rate falls to
 0, a game ends after 1000 decisions without a reward, and the weights saved for play are a moving
 average. A process for each core plays several environments with one network in shared memory,
-where the book has a process for each environment; the screen turns gray before the maximum of two
-is taken, not after it. docs/breakout.md has the reasons and the numbers.
+where the book has a process for each environment; screens are turned gray before, not after, the
+maximum of two is taken. docs/breakout.md has the reasons and the numbers.
 """
 
 import argparse
@@ -63,7 +63,7 @@ from typing import Any, Literal
 # Let PyTorch's OpenMP threads spin for only 0.1 ms before they sleep: 15% more steps/s.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # it is read when torch is imported
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until learn(), Ctrl-C just ends it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train() catches it, it just ends us
 
 import ale_py
 import cv2
@@ -146,6 +146,7 @@ class MaxAndSkip(gym.Wrapper):
     """Repeats an action for 4 frames and shows the maximum of the last two, (210, 160) uint8, gray.
 
     The Atari draws some sprites in every other frame only: the brighter of two pixels shows them.
+    The screens are those of gymnasium.wrappers.AtariPreprocessing, bit for bit.
     """
 
     def __init__(self, env: gym.Env):
@@ -200,11 +201,9 @@ class EpisodicLife(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         info = {}
-        if seed is not None:
-            self.game["over"] = True
-        if not self.game["over"]:
+        if seed is None and not self.game["over"]:
             observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
-        if self.game["over"]:  # the no-op, too, can end a game
+        if seed is not None or self.game["over"]:  # the no-op, too, can end a game
             observation, _ = self.env.reset(seed=seed, options=options)
             lives = self.unwrapped.ale.lives()
             self.game = {"over": False, "lives": lives, "score": 0.0, "length": 0, "idle": 0}
@@ -320,11 +319,11 @@ class Worker:
         # Hashed from the run's seed: with seed + i, runs 1 and 2 would share environments.
         seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
         self.num_envs = args.num_envs
-        # The number of its first environment, counted over all ranks.
+        # The number of its first environment, counted over all ranks, which have equally many.
         self.first = RANK * args.num_envs // WORLD_SIZE + indices.start
         for index, seed, env in zip(indices, seeds[self.first :], self.envs):
             observation, _ = env.reset(seed=int(seed))
-            storage.observations[-1, index] = torch.from_numpy(observation)  # rollout() starts here
+            storage.observations[-1, index] = torch.from_numpy(observation)  # copied to [0] next
 
     @torch.no_grad()
     def act(self, observations: Tensor) -> np.ndarray:
@@ -351,7 +350,7 @@ class Worker:
             actions[t] = self.act(observations[t])
             for i, env in enumerate(self.envs):
                 observation, rewards[t, i], terminated, truncated, info = env.step(actions[t, i])
-                masks[t, i] = not (terminated or truncated)  # cut games end like lost ones
+                masks[t, i] = not (terminated or truncated)  # no bootstrapping at a cut either
                 if terminated or truncated:
                     observation, reset_info = env.reset()
                     info |= reset_info
@@ -366,7 +365,7 @@ class Worker:
         return [
             {
                 "game": env.get_wrapper_attr("game"),
-                "frames": env.frames.tobytes(),
+                "frames": env.frames.tobytes(),  # torch.load, weights_only, refuses arrays
                 "emulator": env.unwrapped.ale.cloneSystemState().serialize(),
                 "generator": env.unwrapped.np_random.bit_generator.state,
             }
@@ -509,7 +508,7 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_worker
         # 4. update
         optimizer.zero_grad()
         loss.backward()
-        # A stop signal to one rank makes this mean greater than 0 on all: they stop together.
+        # Averaged with the gradients, a stop signal to one rank is above 0 on all: all stop.
         stop = torch.tensor(float(len(run.stop_signals)), device=device)
         average_over_ranks([stop, *(parameter.grad for parameter in parameters)])
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -560,7 +559,10 @@ def gather(value: Any) -> list[Any]:
 
 
 class Run:
-    """The folder of a run: its curves, weights and checkpoints. Rank 0 alone writes them."""
+    """The folder of a run: its curves, weights and checkpoints. Rank 0 alone writes them.
+
+    Making one refuses bad input before a worker is started; begin() then needs the workers.
+    """
 
     def __init__(self, args: Args):
         name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -583,7 +585,7 @@ class Run:
     def begin(self, parts: dict[str, Any], tell_workers) -> None:
         """Restores the network, its average, the optimizer and the workers, or saves them."""
         self.parts = parts
-        checkpoint, self.checkpoint = self.checkpoint, None  # free its memory at the end
+        checkpoint, self.checkpoint = self.checkpoint, None  # freed when this returns
         if len(set(gather(self.timesteps))) > 1:
             raise ValueError("the ranks see different checkpoints: do they share a disk?")
         device = parts["network"].actor.weight.device.type
@@ -601,8 +603,7 @@ class Run:
             self.writer = SummaryWriter(self.folder, purge_step=self.timesteps + 1)
             print(f"{parts['network']}\n{self.args.env_id} on {self.machine}, in {self.folder}")
             if checkpoint and checkpoint["machine"] != self.machine:
-                print(f"Begun on {checkpoint['machine']}: it continues, but not bit for bit.")
-        self.before = self.timesteps, self.progress["seconds"]  # done in earlier parts of the run
+                print(f"It ran on {checkpoint['machine']}: it continues, but not bit for bit.")
         self.start = time.perf_counter() - self.progress["seconds"]
         if not checkpoint:
             self.save_weights("weight_0.pth")
@@ -618,16 +619,14 @@ class Run:
         progress["last_scores"] += [score for _, score, _ in games]
         del progress["last_scores"][:-100]
         if RANK == 0:
-            for timestep, score, length in games:  # whole games, under the usual names
+            for timestep, score, length in games:  # whole games, under CleanRL's names
                 self.writer.add_scalar("charts/episodic_return", score, timestep)
                 self.writer.add_scalar("charts/episodic_length", length, timestep)
 
     def log(self, losses: dict[str, Tensor], learning_rate: float) -> None:
         """Adds a point to each curve and prints a line."""
         self.log_games()
-        timesteps_before, seconds_before = self.before
-        seconds = self.progress["seconds"] - seconds_before
-        speed = (self.timesteps - timesteps_before) / seconds
+        speed = self.timesteps / self.progress["seconds"]
         curves = {"charts/SPS": speed, "charts/learning_rate": learning_rate}
         curves |= {f"losses/{name}": loss.item() for name, loss in losses.items()}
         scores = self.progress["last_scores"] or [math.nan]
@@ -673,7 +672,9 @@ class Run:
         if RANK == 0:
             self.writer.close()
             save(self.folder / "result.json", result)
-            how = f"; continue with --resume {self.folder}" if self.stop_signals else ""
+            left = self.args.total_timesteps - self.timesteps
+            unfinished = left >= self.args.num_envs * self.args.num_steps
+            how = f"; continue with --resume {self.folder}" if unfinished else ""
             print(f"{self.timesteps} timesteps are done{how}. Everything is in {self.folder}")
         return result
 
@@ -685,7 +686,7 @@ def lock(folder: Path):
         import fcntl
 
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the workers
         except BlockingIOError:
             raise ValueError(f"another process is training in {folder}") from None
     return file
@@ -693,7 +694,7 @@ def lock(folder: Path):
 
 def save(path: Path, content: Any) -> None:
     """Writes beside and renames: after a kill or a power cut the old or the new file is whole."""
-    buffer = io.BytesIO()  # torch.save itself does not end well on a full disk
+    buffer = io.BytesIO()  # on a full disk torch.save itself fails with an error of its own
     if path.suffix == ".json":
         buffer.write(json.dumps(content, indent=2, default=str).encode())
     else:
@@ -734,7 +735,7 @@ def refuse_changes(args: Args) -> None:
     if not args.anneal_lr:  # a falling rate depends on it from the first update on
         may_change.add("total_timesteps")
     began_with = args.resume and read_args(args.resume)
-    for name, value in asdict(began_with or args).items():
+    for name, value in asdict(began_with).items() if began_with else ():
         if name not in may_change and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
             why = " while the learning rate falls" if name == "total_timesteps" else ""
@@ -752,10 +753,8 @@ def load_checkpoint(folder: Path, args: Args) -> dict[str, Any]:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        envs = checkpoint["envs"]
-        kept = checkpoint["env_id"], len(envs), type(envs[0]["frames"])  # a tensor in early 0.2.0
-        if kept != (args.env_id, args.num_envs, bytes):
-            raise ValueError
+        if (checkpoint["env_id"], len(checkpoint["envs"])) != (args.env_id, args.num_envs):
+            raise ValueError  # the message comes below
     except OSError:
         raise
     except Exception:  # damage makes zipfile and torch.load raise nearly anything
@@ -789,8 +788,8 @@ def train(args: Args) -> dict:
     """A run, from its start or its last checkpoint; returns what result.json says.
 
     Ctrl-C and SIGTERM end it early with everything saved (SIGTERM by SystemExit with code 143);
-    to receive them it must be called in the main thread. Raises ValueError for bad input and for
-    a gradient that is not finite, OSError when a file cannot be written.
+    to receive them it must be called in the main thread. Raises ValueError for bad input, a
+    gradient that is not finite or a worker that died, OSError when a file cannot be written.
     """
     if args.num_envs % WORLD_SIZE:
         raise ValueError(f"--num-envs must be a multiple of {WORLD_SIZE}, the number of ranks")
@@ -801,8 +800,8 @@ def train(args: Args) -> dict:
     except RuntimeError:
         raise ValueError("--num-envs, --num-steps: not enough memory for so many") from None
     if platform.libc_ver()[0] == "glibc":  # keep the memory that an update frees: 13% more steps/s
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**30)
+        for option, size in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
     torch.manual_seed(args.seed)  # the same network on all ranks
     network = ActorCritic(num_actions, args.bf16).share_memory()
     run = Run(args)

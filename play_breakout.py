@@ -35,9 +35,11 @@ first_screen.png) in runs/play_breakout__<seed>__<time>/. The film shows the scr
 decision at the speed of the game itself, 15 a second. The emulator is deterministic, so only the
 actions are kept, and those of the best attempt or game are played once more for the film.
 
+Environment and network are those of a2c_breakout.py, repeated so that this file runs alone.
+
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): gymnasium instead of gym (a game
-ends `terminated`, lost, or `truncated`, at the frame limit); the screen turns gray before the
-maximum of two is taken, not after it, a few gray levels apart, and either's weights play in both.
+ends `terminated`, lost, or `truncated`, at the frame limit); screens are turned gray before, not
+after, the maximum of two is taken: a few gray levels, so that the weights of each play in both.
 """
 
 import json
@@ -113,6 +115,7 @@ class MaxAndSkip(gym.Wrapper):
     """Repeats an action for 4 frames and shows the maximum of the last two, (210, 160) uint8, gray.
 
     The Atari draws some sprites in every other frame only: the brighter of two pixels shows them.
+    The screens are those of gymnasium.wrappers.AtariPreprocessing, bit for bit.
     """
 
     def __init__(self, env: gym.Env):
@@ -167,11 +170,9 @@ class EpisodicLife(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         info = {}
-        if seed is not None:
-            self.game["over"] = True
-        if not self.game["over"]:
+        if seed is None and not self.game["over"]:
             observation, _, _, _, info = self.step(0)  # the next life begins with a no-op
-        if self.game["over"]:  # the no-op, too, can end a game
+        if seed is not None or self.game["over"]:  # the no-op, too, can end a game
             observation, _ = self.env.reset(seed=seed, options=options)
             lives = self.unwrapped.ale.lives()
             self.game = {"over": False, "lives": lives, "score": 0.0, "length": 0, "idle": 0}
@@ -278,7 +279,7 @@ def load_network(path: Path, num_actions: int) -> ActorCritic:
 
 
 class Game:
-    """A whole game, or one life: what is to be seen now, the actions so far, the score."""
+    """A whole game, or one life: the frames it shows now, the actions so far, the score."""
 
     def __init__(self, env: gym.Env, seed: int, whole: bool):
         self.env, self.seed, self.whole = env, seed, whole
@@ -290,7 +291,7 @@ class Game:
         self.actions.append(action)
         self.frames, _, terminated, truncated, _ = self.env.step(action)
         if terminated or truncated:
-            status = self.env.get_wrapper_attr("game")  # of this game, also when the next begins
+            status = self.env.get_wrapper_attr("game")  # reset() may begin a game with a new one
             if self.whole and not status["over"]:
                 self.frames, _ = self.env.reset()  # the next life; its no-op may end the game
             if status["over"] or not self.whole:
@@ -340,8 +341,8 @@ def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game]
                 bar.update(len(over))
     except KeyboardInterrupt:
         interrupted = True
-    # Ctrl-C loses the long games first. So as not to favour the short ones, only the games up to
-    # the first one that is missing count.
+    # Ctrl-C loses the long games first, and the mean would favour the short ones: so only the
+    # games before the first one that is missing count.
     games.sort(key=lambda game: game.seed)
     games = [game for game, seed in zip(games, seeds) if game.seed == seed]
     if not games:
@@ -371,7 +372,7 @@ def play_randomly(args: Args, run_dir: Path) -> tuple[float, list[np.ndarray]]:
     if args.env_id.startswith("Breakout"):
         print("On the screen: the score, the lives that are left, the number of players.")
         print("NOOP does nothing, FIRE serves the ball, RIGHT and LEFT move the paddle.")
-    env = MaxAndSkip(bare)
+    env = MaxAndSkip(bare)  # for its four frames a decision
     env.reset(seed=args.seed)
     ale = bare.unwrapped.ale
     imageio.imwrite(run_dir / "first_screen.png", ale.getScreenRGB())

@@ -168,7 +168,7 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path, monkeypatch, cap
     assert "not bit for bit" not in capsys.readouterr().out
     torch.set_num_threads(3)
     train(tmp_path / "in_two")
-    said = "Begun on cpu, 2 threads, 1 rank(s): it continues, but not bit for bit."
+    said = "It ran on cpu, 2 threads, 1 rank(s): it continues, but not bit for bit."
     assert said in capsys.readouterr().out
     one_go, in_two = (
         torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)

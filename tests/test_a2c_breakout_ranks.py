@@ -44,12 +44,14 @@ a2c.train(a2c.parse_args([*flags, "--resume", {str(tmp_path / "run")!r}]))
     first = torchrun(tmp_path / "spy.py", 5, *SHORT)
     assert first.returncode == 0, first.stderr
     assert update_of(tmp_path / "run") == 5
+    assert first.stdout.count("continue with --resume") == 1
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         train(tmp_path / "run")
     assert update_of(tmp_path / "run") == 12
-    last = torchrun(tmp_path / "spy.py", 0)
+    last = torchrun(tmp_path / "spy.py", 8)  # the last update: there is nothing left to go on with
     assert last.returncode == 0, last.stderr
+    assert "continue with" not in last.stdout
     assert last.stdout.count("Everything is in") == last.stdout.count("not bit for bit") == 1
     assert update_of(tmp_path / "run") == 20
 

@@ -63,7 +63,7 @@ from typing import Any, Literal
 # Let PyTorch's OpenMP threads spin for only 0.1 ms before they sleep: 15% more steps/s.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # it is read when torch is imported
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train() catches it, it just ends us
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train(), it ends us, and silently
 
 import ale_py
 import cv2
@@ -319,11 +319,11 @@ class Worker:
         # Hashed from the run's seed: with seed + i, runs 1 and 2 would share environments.
         seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
         self.num_envs = args.num_envs
-        # The number of its first environment, counted over all ranks, which have equally many.
+        # The number of this worker's first environment; all ranks have equally many.
         self.first = RANK * args.num_envs // WORLD_SIZE + indices.start
         for index, seed, env in zip(indices, seeds[self.first :], self.envs):
             observation, _ = env.reset(seed=int(seed))
-            storage.observations[-1, index] = torch.from_numpy(observation)  # copied to [0] next
+            storage.observations[-1, index] = torch.from_numpy(observation)  # rollout() begins here
 
     @torch.no_grad()
     def act(self, observations: Tensor) -> np.ndarray:
@@ -787,8 +787,8 @@ def stop_requests(received: list[int]):
 def train(args: Args) -> dict:
     """A run, from its start or its last checkpoint; returns what result.json says.
 
-    Ctrl-C and SIGTERM end it early with everything saved (SIGTERM by SystemExit with code 143);
-    to receive them it must be called in the main thread. Raises ValueError for bad input, a
+    To be called in the main thread, which alone receives signals: Ctrl-C and SIGTERM end it early
+    with everything saved (SIGTERM by SystemExit with code 143). Raises ValueError for bad input, a
     gradient that is not finite or a worker that died, OSError when a file cannot be written.
     """
     if args.num_envs % WORLD_SIZE:

@@ -25,7 +25,7 @@ most likely one instead.
 An attempt is one life, with all bricks in place and no no-ops at its start. A whole game is five
 lives, as in training: 1 to 30 no-ops, then, after each lost life, the same bricks, one more no-op
 and an empty frame stack; its score is the sum over all lives. Attempt or game number i (from 0)
-has the seed seed + i for its actions and no-ops, so that it is the same, up to rounding, whatever
+is seeded with seed + i for its actions and no-ops, so that it is the same, up to rounding, whatever
 is played before it or beside it. A game that never ends, because the policy does not serve or the
 ball meets no brick any more, is cut after 65,536 frames, 18 minutes: from then on Breakout serves
 no ball. Other games are cut after 108,000.
@@ -39,7 +39,7 @@ Environment and network are those of a2c_breakout.py, repeated so that this file
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): gymnasium instead of gym (a game
 ends `terminated`, lost, or `truncated`, at the frame limit); screens are turned gray before, not
-after, the maximum of two is taken: a few gray levels, so that the weights of each play in both.
+after, the maximum of two is taken. They differ by a few gray levels: either's weights play in both.
 """
 
 import json
@@ -291,7 +291,7 @@ class Game:
         self.actions.append(action)
         self.frames, _, terminated, truncated, _ = self.env.step(action)
         if terminated or truncated:
-            status = self.env.get_wrapper_attr("game")  # reset() may begin a game with a new one
+            status = self.env.get_wrapper_attr("game")  # kept: reset() may begin a new game
             if self.whole and not status["over"]:
                 self.frames, _ = self.env.reset()  # the next life; its no-op may end the game
             if status["over"] or not self.whole:
@@ -440,8 +440,8 @@ def play(args: Args) -> dict:
         "seconds": time.perf_counter() - start,
         "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}
         | {"python": platform.python_version()},
-        **{"scores": scores, "mean": mean, "std": std, "min": min(scores), "max": max(scores)},
     }
+    result |= {"scores": scores, "mean": mean, "std": std, "min": min(scores), "max": max(scores)}
     print(
         f"scores: {len(scores)}, mean {mean:.1f}, standard deviation {std:.1f}, "
         f"min {min(scores):g}, max {max(scores):g}"

@@ -398,11 +398,15 @@ def film(screens: Iterable[np.ndarray], run_dir: Path, gif: bool) -> None:
     if gif:  # 70 ms a frame, in GIF's units of 10; subrectangles stores only what changes
         options = {"duration": 70, "loop": 0, "subrectangles": True}
         writers.append(imageio.get_writer(run_dir / "part.gif", **options))
-    for screen in screens:
-        for writer, scale in zip(writers, (3, 1)):
-            writer.append_data(screen.repeat(scale, axis=0).repeat(scale, axis=1))
-    for writer in writers:
-        writer.close()
+    try:
+        for screen in screens:
+            for writer, scale in zip(writers, (3, 1)):
+                writer.append_data(screen.repeat(scale, axis=0).repeat(scale, axis=1))
+        for writer in writers:
+            writer.close()
+        imageio.get_reader(run_dir / "part.mp4").close()  # ffmpeg does not say if it failed
+    except OSError:
+        raise OSError(f"the film in {run_dir} could not be written: is the disk full?") from None
     for part in run_dir.glob("part.*"):
         part.rename(part.with_stem("film"))  # now it is complete
 

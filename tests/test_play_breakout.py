@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -343,6 +344,20 @@ def test_film_shows_every_decision_of_the_best_attempt(weights, tmp_path, short_
             shown += [np.array(gif.convert("RGB"))] * (gif.info["duration"] // 70)
     assert np.array_equal(shown, screens)
     assert (run_dir / "film.gif").stat().st_size < 1000 * len(screens)
+
+
+@pytest.mark.parametrize("size", [1_000, 12_000])  # ffmpeg dies at once, or at the very end
+def test_a_film_that_cannot_be_written_is_no_film(tmp_path, size):
+    limits = (size, size)
+    played = subprocess.run(
+        [sys.executable, SCRIPT, "--random", "--runs-dir", tmp_path], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits), timeout=240,
+    )  # fmt: skip
+    assert played.returncode == 1 and "Traceback" not in played.stderr
+    [run_dir] = tmp_path.iterdir()
+    message = f"error: the film in {run_dir} could not be written: is the disk full?"
+    assert played.stderr.splitlines()[-1] == message
+    assert not (run_dir / "film.mp4").exists() and (run_dir / "result.json").exists()
 
 
 def test_a_game_that_comes_out_differently_when_filmed_is_noticed(short_games):

@@ -350,8 +350,9 @@ def test_film_shows_every_decision_of_the_best_attempt(weights, tmp_path, short_
 def test_a_film_that_cannot_be_written_is_no_film(tmp_path, size):
     limits = (size, size)
     played = subprocess.run(
-        [sys.executable, SCRIPT, "--random", "--runs-dir", tmp_path], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits), timeout=240,
+        [sys.executable, SCRIPT, "--random", "--runs-dir", tmp_path], timeout=240,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+        capture_output=True, text=True,
     )  # fmt: skip
     assert played.returncode == 1 and "Traceback" not in played.stderr
     [run_dir] = tmp_path.iterdir()

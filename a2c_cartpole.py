@@ -13,17 +13,17 @@
 """Advantage actor-critic (A2C) on CartPole: a policy learns from a critic, 32 poles at a time.
 
 One network gives two answers: V(s), the discounted return to expect from state s (the critic), and
-pi(a|s), the probability of each action (the actor). It learns both
-together; the book calls that policy iteration and value iteration in one. Five steps in 32
+pi(a|s), the probability of each action (the actor). It learns both together. Five steps in 32
 environments make one update and are then forgotten:
 
     R_t  = r_t + gamma R_{t+1}      R_{t+1} = 0 after an episode's end, R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
-In the first term A_t is a constant: no gradient flows through it. The entropy keeps the policy from
-settling too soon. The algorithm is S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement
-Learning", ICML 2016, made synchronous; a2c_breakout.py has the same loop for Atari games.
+In the first term A_t is a constant: no gradient flows through it. The entropy, large where all
+actions are alike, keeps the policy from settling too soon. This is algorithm S3 of Mnih et al.,
+"Asynchronous Methods for Deep Reinforcement Learning", ICML 2016, made synchronous;
+a2c_breakout.py has the same loop for Atari games.
 
     python a2c_cartpole.py                                      # train, evaluate, film
     python a2c_cartpole.py --seed 7 --num-envs 16 --num-steps 10
@@ -31,11 +31,12 @@ Learning", ICML 2016, made synchronous; a2c_breakout.py has the same loop for At
 
 The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode has 200 steps
 at most; the reward is 0 on the way, and at the end +1 for 196 steps or more (a success), -1 for
-fewer. Training ends once each environment's last episode was a success, or at 5,120,000 decisions.
+fewer. Training ends once each environment's last episode was a success, or after 5,120,000 steps.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
-- All poles are one array, in which a reset takes a step of its own. Nothing is learnt from it.
+- All poles are simulated in one array, in which a reset takes a step of its own. It does not
+  count as a step, and nothing is learnt from it.
 """
 
 import copy
@@ -71,7 +72,7 @@ class Args:
     weights: Path | None = None  # file of an earlier run to evaluate and film, without training
     num_envs: int = 32  # environments that are played side by side, 1 or more
     num_steps: int = 5  # steps in each environment between two updates, 1 or more
-    total_timesteps: int = 5_120_000  # decisions in all environments together at most, 1 or more
+    total_timesteps: int = 5_120_000  # steps in all environments together at most, 1 or more
     eval_episodes: int = 100  # greedy episodes in the evaluation, 1 or more
     hidden_size: int = 32  # units in each of the two hidden layers, from 1 to 4096
     learning_rate: float = 0.01  # step size of Adam, above 0
@@ -133,7 +134,7 @@ class CartPoles:
         self.last_lengths = torch.zeros_like(self.steps)  # in steps, of the last whole episodes
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Acts, (N,), and returns rewards, ends, and which actions were decisions, each (N,)."""
+        """Takes actions; returns rewards, ends, and which actions were decisions. All are (N,)."""
         decided = ~self.dones
         observations, _, terminated, truncated, _ = self.envs.step(actions.numpy())
         self.observations = torch.from_numpy(observations)
@@ -168,7 +169,7 @@ class ActorCritic(nn.Module):
     def act(self, observations: Tensor) -> Tensor:
         """Draws an action for each environment: (N, 4) -> (N,) int64."""
         _, logits = self(observations)  # (N, 2)
-        probs = logits.softmax(-1).nan_to_num(1)  # multinomial refuses NaN; learn reports it
+        probs = logits.softmax(-1).nan_to_num(1)  # multinomial refuses NaN; learn() reports it
         return torch.multinomial(probs, num_samples=1).squeeze(-1)
 
     @torch.no_grad()
@@ -236,7 +237,8 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     parameters = list(network.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
-    episode, timesteps, update, start = -1, 0, 0, time.perf_counter()  # no episode yet
+    episode = -1  # of environment 0: none has ended yet
+    timesteps, update, start = 0, 0, time.perf_counter()
     bar = tqdm(total=args.total_timesteps, unit="timestep")
 
     while timesteps < args.total_timesteps and envs.last_lengths.min() < SUCCESS_STEPS:
@@ -251,7 +253,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
             if dones[0]:
                 ended.append((timesteps, int(envs.last_lengths[0])))
         if not storage.decided.any():
-            continue  # one step of one environment can be a reset
+            continue  # nothing but resets, which few steps of few environments can be
 
         # 2. returns: (T, N)
         with torch.no_grad():

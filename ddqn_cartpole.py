@@ -110,7 +110,7 @@ SUCCESSES_TO_SOLVE = 10  # in a row
 
 
 def make_env(render_mode: str | None = None) -> gym.Env:
-    """CartPole-v1 with the 200 steps of v0, the book's: states (4,) float32, actions 0 and 1."""
+    """CartPole-v1 with the book's 200 steps: states (4,) float32, actions 0 and 1."""
     return gym.make("CartPole-v1", max_episode_steps=MAX_STEPS, render_mode=render_mode)
 
 
@@ -132,7 +132,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # all values equal: after a fall the untried action is the better one
+        if zero_init:  # all values equal: after a fall the other action looks better
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -151,7 +151,7 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Transitions drawn from the memory."""
+    """Transitions (s, a, r, s') drawn from the memory."""
 
     states: Tensor  # (batch, 4) float32
     actions: Tensor  # (batch, 1) int64
@@ -202,13 +202,6 @@ def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma:
     return batch.rewards + gamma * batch.not_done * next_values
 
 
-@torch.no_grad()
-def update_average(averaged: QNetwork, network: QNetwork, decay: float) -> None:
-    """Moves each averaged weight towards the network's: single updates can tip the policy."""
-    for average, parameter in zip(averaged.parameters(), network.parameters()):
-        average.lerp_(parameter, 1 - decay)
-
-
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
     """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
@@ -216,7 +209,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
     were played, for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # until copied to
+    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # copied to in step 5
     rng = np.random.default_rng(args.seed)
     memory = ReplayMemory(args.memory_size, rng)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
@@ -236,7 +229,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
             # 2. step
             next_state, _, terminated, truncated, _ = env.step(action)
-            # We treat the time limit as terminal and do not bootstrap from it, since reaching it is
+            # We treat the time limit as terminal and add no next value there, since reaching it is
             # the goal here. In most other tasks only `terminated` may cut off the next value.
             done = terminated or truncated
             steps += 1
@@ -254,7 +247,9 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                update_average(averaged, network, args.average_decay)
+                with torch.no_grad():  # single updates can tip the policy, their average does not
+                    for mean, weight in zip(averaged.parameters(), network.parameters()):
+                        mean.lerp_(weight, 1 - args.average_decay)
 
         # 5. copy the network to the target network
         if episode % args.target_interval == 0:

@@ -12,15 +12,16 @@
 # ///
 """Deep Q-Network (DQN) on CartPole: learn what each action is worth, then take the best one.
 
-Q(s, a) is the discounted return if you take action a in state s and act optimally afterwards. A
-network estimates it, and learns from the reward and its own estimate one step later:
+Q(s, a) is the return if you take action a in state s and act optimally afterwards: the sum of the
+rewards to come, each multiplied by gamma = 0.99 for every step until then. A network estimates it,
+and learns from the reward r and its own estimate one step later, in state s':
 
     y    = r + gamma * max_a' Q(s', a')        (y = r where the episode ended)
     loss = Huber(Q(s, a) - y)
 
 Consecutive steps resemble each other, and a network trained on them in order forgets the rest.
-Hence the replay memory: each update draws a random batch from the last 10,000 transitions.
-Actions are greedy, except with probability epsilon = 0.5 / (episode + 1), when they are random.
+Hence the replay memory: each update draws a random batch from the last 10,000 transitions. An
+action is the one with the highest Q (greedy) or, with probability 0.5 / (episode + 1), random.
 
 Mnih et al., "Human-level control through deep reinforcement learning", Nature 518, 2015, algorithm
 1, without the target network, which the next script adds: diff dqn_cartpole.py ddqn_cartpole.py
@@ -107,7 +108,7 @@ SUCCESSES_TO_SOLVE = 10  # in a row
 
 
 def make_env(render_mode: str | None = None) -> gym.Env:
-    """CartPole-v1 with the 200 steps of v0, the book's: states (4,) float32, actions 0 and 1."""
+    """CartPole-v1 with the book's 200 steps: states (4,) float32, actions 0 and 1."""
     return gym.make("CartPole-v1", max_episode_steps=MAX_STEPS, render_mode=render_mode)
 
 
@@ -129,7 +130,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # all values equal: after a fall the untried action is the better one
+        if zero_init:  # all values equal: after a fall the other action looks better
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -148,7 +149,7 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Transitions drawn from the memory."""
+    """Transitions (s, a, r, s') drawn from the memory."""
 
     states: Tensor  # (batch, 4) float32
     actions: Tensor  # (batch, 1) int64
@@ -198,13 +199,6 @@ def td_targets(network: QNetwork, batch: Batch, gamma: float) -> Tensor:
     return batch.rewards + gamma * batch.not_done * next_values
 
 
-@torch.no_grad()
-def update_average(averaged: QNetwork, network: QNetwork, decay: float) -> None:
-    """Moves each averaged weight towards the network's: single updates can tip the policy."""
-    for average, parameter in zip(averaged.parameters(), network.parameters()):
-        average.lerp_(parameter, 1 - decay)
-
-
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
     """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
@@ -231,7 +225,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
             # 2. step
             next_state, _, terminated, truncated, _ = env.step(action)
-            # We treat the time limit as terminal and do not bootstrap from it, since reaching it is
+            # We treat the time limit as terminal and add no next value there, since reaching it is
             # the goal here. In most other tasks only `terminated` may cut off the next value.
             done = terminated or truncated
             steps += 1
@@ -249,7 +243,9 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                update_average(averaged, network, args.average_decay)
+                with torch.no_grad():  # single updates can tip the policy, their average does not
+                    for mean, weight in zip(averaged.parameters(), network.parameters()):
+                        mean.lerp_(weight, 1 - args.average_decay)
 
         # 5. log
         lengths.append(steps)

@@ -14,13 +14,13 @@
 
 In most states of CartPole either action will do, and what matters is the state. The network
 therefore splits after the shared layers into two streams, one number V(s) for the state and one
-advantage A(s, a) for each action, and adds them up again. Every transition now teaches V, whichever
-action was taken:
+advantage A(s, a) for each action, and adds them up again:
 
     Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')
 
-Without the mean, V + c and A - c would give the same Q. The target is that of Double DQN. The
-rest is ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py dueling_cartpole.py
+Every transition now teaches V, whichever action was taken. Without the mean, V + c and A - c would
+give the same Q for any c. The target is that of Double DQN. The rest is ddqn_cartpole.py; to see
+what is new: diff ddqn_cartpole.py dueling_cartpole.py
 
 Wang et al., "Dueling Network Architectures for Deep Reinforcement Learning", ICML 2016, equation 9.
 
@@ -108,7 +108,7 @@ SUCCESSES_TO_SOLVE = 10  # in a row
 
 
 def make_env(render_mode: str | None = None) -> gym.Env:
-    """CartPole-v1 with the 200 steps of v0, the book's: states (4,) float32, actions 0 and 1."""
+    """CartPole-v1 with the book's 200 steps: states (4,) float32, actions 0 and 1."""
     return gym.make("CartPole-v1", max_episode_steps=MAX_STEPS, render_mode=render_mode)
 
 
@@ -131,7 +131,7 @@ class QNetwork(nn.Module):
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3_advantage = nn.Linear(hidden_size, 2)
         self.fc3_value = nn.Linear(hidden_size, 1)
-        if zero_init:  # all values equal: after a fall the untried action is the better one
+        if zero_init:  # all values equal: after a fall the other action looks better
             for layer in (self.fc3_advantage, self.fc3_value):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -153,7 +153,7 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Transitions drawn from the memory."""
+    """Transitions (s, a, r, s') drawn from the memory."""
 
     states: Tensor  # (batch, 4) float32
     actions: Tensor  # (batch, 1) int64
@@ -204,13 +204,6 @@ def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma:
     return batch.rewards + gamma * batch.not_done * next_values
 
 
-@torch.no_grad()
-def update_average(averaged: QNetwork, network: QNetwork, decay: float) -> None:
-    """Moves each averaged weight towards the network's: single updates can tip the policy."""
-    for average, parameter in zip(averaged.parameters(), network.parameters()):
-        average.lerp_(parameter, 1 - decay)
-
-
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
     """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
@@ -218,7 +211,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
     were played, for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # until copied to
+    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # copied to in step 5
     rng = np.random.default_rng(args.seed)
     memory = ReplayMemory(args.memory_size, rng)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
@@ -238,7 +231,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
             # 2. step
             next_state, _, terminated, truncated, _ = env.step(action)
-            # We treat the time limit as terminal and do not bootstrap from it, since reaching it is
+            # We treat the time limit as terminal and add no next value there, since reaching it is
             # the goal here. In most other tasks only `terminated` may cut off the next value.
             done = terminated or truncated
             steps += 1
@@ -256,7 +249,9 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                update_average(averaged, network, args.average_decay)
+                with torch.no_grad():  # single updates can tip the policy, their average does not
+                    for mean, weight in zip(averaged.parameters(), network.parameters()):
+                        mean.lerp_(weight, 1 - args.average_decay)
 
         # 5. copy the network to the target network
         if episode % args.target_interval == 0:

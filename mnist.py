@@ -13,15 +13,15 @@
 
 Each of the 70,000 images has 28 x 28 gray pixels and a label, the digit that it shows. The network
 turns the 784 pixels x into ten scores z, one for each label. Softmax makes probabilities of them,
-and the loss, the cross-entropy, is large where the true label y was given a small one:
+and the loss, the cross-entropy, is large where the true label y was given a low one:
 
     p(k | x) = exp(z_k) / sum_j exp(z_j),    loss = -log p(y | x)
 
-Adam steps along -m, the mean of the gradients g, scaled by their root mean square, sqrt(v):
+Adam steps along -m, a moving mean of the gradients g, divided by their root mean square, sqrt(v):
 
     m <- 0.9 m + 0.1 g,    v <- 0.999 v + 0.001 g^2,    w <- w - lr * m / (sqrt(v) + 1e-8)
 
-with m and v divided by 1 - 0.9^t and 1 - 0.999^t at step t, as both start from zero.
+with m and v divided by 1 - 0.9^t and 1 - 0.999^t at step t = 1, 2, ..., as both start from zero.
 
 LeCun et al., "Gradient-based learning applied to document recognition", Proc. IEEE 86, 1998.
 Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.
@@ -31,8 +31,8 @@ Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorith
     python mnist.py --data-dir FOLDER           # no download if the four files are in FOLDER
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018):
-- The 60,000 training and 10,000 test images are the data set's own, so that results compare with
-  anyone's. The book splits 6:1 at random: its image 2020 is another one.
+- The 60,000 training and 10,000 test images are the data set's own split, so that results compare
+  with anyone's. The book splits 6:1 at random: its image 2020 (see --image-index) is another one.
 - The learning rate falls linearly from 0.01 to 0 (--no-anneal-lr for the book's constant rate,
   whose last steps are still long). Mean accuracy over 20 seeds: 97.8% instead of 96.0%.
 """
@@ -40,7 +40,6 @@ Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学�
 import gzip
 import hashlib
 import json
-import platform
 import socket
 import sys
 import time
@@ -110,7 +109,7 @@ loss_function = nn.CrossEntropyLoss()  # takes the scores themselves: softmax is
 
 
 def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all weights; fused does in one C++ loop what is a Python loop otherwise."""
+    """Adam on all weights; fused does in one C++ loop what on a CPU is a Python loop otherwise."""
     return torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
 
 
@@ -120,13 +119,13 @@ def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam
 def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, epoch: int) -> None:
     """Trains for one epoch; raises ValueError if the loss is not finite at its end."""
     for index, (images, labels) in enumerate(tqdm(loader, f"epoch {epoch}", unit="batch")):
-        scores = network(images)  # (64, 784) -> (64, 10)
+        scores = network(images)  # (batch, 784) -> (batch, 10)
         loss = loss_function(scores, labels)  # (), the mean over the batch
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        scheduler.step()  # the learning rate of the next update
+        scheduler.step()  # sets the learning rate of the next update
 
         if index % 50 == 0:
             writer.add_scalar("losses/train", loss.item(), (epoch - 1) * len(loader) + index)
@@ -139,7 +138,7 @@ def test(network: nn.Module, loader: DataLoader) -> int:
     """The number of images whose label has the highest score."""
     correct = 0
     for images, labels in loader:
-        predicted = network(images).argmax(dim=1)  # (64, 784) -> (64, 10) -> (64,)
+        predicted = network(images).argmax(dim=1)  # (batch, 784) -> (batch,)
         correct += (predicted == labels).sum().item()
     return correct
 
@@ -218,7 +217,7 @@ def train(args: Args) -> dict:
         finally:  # Ctrl-C keeps what was learnt
             torch.save(network.state_dict(), run_dir / "weight_end.pth")
     save_pictures(network, train_set, test_set, args.image_index, run_dir)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     versions |= {"numpy": np.__version__, "opencv": cv2.__version__}
     seconds = time.perf_counter() - start
     result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
@@ -276,7 +275,7 @@ FILES = {  # SHA-256 of the unpacked content: it is the same however the file wa
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in a file, gzipped or not; raises ValueError unless it is the one of FILES."""
+    """The array in a file, gzipped or not; ValueError if its checksum is not that in FILES."""
     content = path.read_bytes()
     try:
         if content.startswith(b"\x1f\x8b"):  # as every gzip file does
@@ -305,9 +304,10 @@ def load_file(name: str, data_dir: Path) -> np.ndarray:
     """The array in one of FILES, from data_dir or else from the first mirror that has it whole.
 
     A file with other content is renamed and kept, as it may be another data set. Raises ValueError
-    if no mirror helps, OSError if data_dir cannot be read or written.
+    if no mirror helps, OSError if data_dir cannot be read or made.
     """
-    for path in (data_dir / name, data_dir / f"{name}.gz"):
+    packed = data_dir / f"{name}.gz"
+    for path in (data_dir / name, packed):
         if path.exists():
             try:
                 return read_idx(path)
@@ -315,16 +315,16 @@ def load_file(name: str, data_dir: Path) -> np.ndarray:
                 print(f"{path} is not the file of MNIST ({error}): it is now {path.name}.bad")
                 path.replace(f"{path}.bad")
     data_dir.mkdir(parents=True, exist_ok=True)
-    failures = []  # path is the .gz one now, the last of the loop above
+    failures = []
     for mirror in MIRRORS:
         try:
-            download(mirror + path.name, path)
-            return read_idx(path)
+            download(mirror + packed.name, packed)
+            return read_idx(packed)
         except (OSError, HTTPException, ValueError) as error:
             failures.append(f"{mirror}: {error}")
-            path.unlink(missing_ok=True)
+            packed.unlink(missing_ok=True)
     advice = "put the four MNIST files there, or name their folder with --data-dir"
-    raise ValueError(f"cannot download {path} ({'; '.join(failures)}): {advice}")
+    raise ValueError(f"cannot download {packed} ({'; '.join(failures)}): {advice}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@
 
 Most transitions in the memory are understood already; the few that are not, such as falls, are
 seldom drawn by a uniform sampler. Here a transition is drawn in proportion to its priority, which
-grows with its TD error, the distance between target and estimate:
+grows with its temporal-difference (TD) error, the distance between target and estimate:
 
     p_i  = (|y_i - Q(s_i, a_i)| + 0.0001) ** alpha
     P(i) = p_i / sum_k p_k
@@ -36,12 +36,12 @@ fewer. Training ends after 10 successes in a row, or 500 episodes.
 
 Differs from the paper, as the book does: the first 30 episodes draw uniformly; a new transition
 enters with TD error 0, not with the highest priority so far; all priorities are recomputed at the
-end of each episode, not those of a batch after its update. And beta stays at 0.4.
+end of each episode, not those of a batch after its update. Beta stays; the paper's rises to 1.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
-- alpha is 0.6 and beta 0.4, where the paper starts; the book's are 1 and 0: --alpha 1 --beta 0
+- alpha is 0.6 and beta 0.4, as at the paper's start; the book's are 1 and 0: --alpha 1 --beta 0
 - A draw returns the transition on which its random point falls, in the book the one after it.
 - The memory is a set of arrays, not a list of named tuples; a batch is drawn with replacement.
 """
@@ -122,7 +122,7 @@ SUCCESSES_TO_SOLVE = 10  # in a row
 
 
 def make_env(render_mode: str | None = None) -> gym.Env:
-    """CartPole-v1 with the 200 steps of v0, the book's: states (4,) float32, actions 0 and 1."""
+    """CartPole-v1 with the book's 200 steps: states (4,) float32, actions 0 and 1."""
     return gym.make("CartPole-v1", max_episode_steps=MAX_STEPS, render_mode=render_mode)
 
 
@@ -144,7 +144,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # all values equal: after a fall the untried action is the better one
+        if zero_init:  # all values equal: after a fall the other action looks better
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -165,7 +165,7 @@ PRIORITY_EPSILON = 1e-4  # added to |TD error|, so that every transition can be 
 
 
 class Batch(NamedTuple):
-    """Transitions drawn from the memory."""
+    """Transitions (s, a, r, s') drawn from the memory."""
 
     states: Tensor  # (batch, 4) float32
     actions: Tensor  # (batch, 1) int64
@@ -252,13 +252,6 @@ def td_errors(
     return (targets - values).squeeze(1).cpu().numpy()
 
 
-@torch.no_grad()
-def update_average(averaged: QNetwork, network: QNetwork, decay: float) -> None:
-    """Moves each averaged weight towards the network's: single updates can tip the policy."""
-    for average, parameter in zip(averaged.parameters(), network.parameters()):
-        average.lerp_(parameter, 1 - decay)
-
-
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
     """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
 
@@ -266,7 +259,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
     were played, for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # until copied to
+    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # copied to in step 5
     rng = np.random.default_rng(args.seed)
     memory = ReplayMemory(args.memory_size, rng, args.alpha, args.beta)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
@@ -286,7 +279,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
             # 2. step
             next_state, _, terminated, truncated, _ = env.step(action)
-            # We treat the time limit as terminal and do not bootstrap from it, since reaching it is
+            # We treat the time limit as terminal and add no next value there, since reaching it is
             # the goal here. In most other tasks only `terminated` may cut off the next value.
             done = terminated or truncated
             steps += 1
@@ -307,7 +300,9 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                update_average(averaged, network, args.average_decay)
+                with torch.no_grad():  # single updates can tip the policy, their average does not
+                    for mean, weight in zip(averaged.parameters(), network.parameters()):
+                        mean.lerp_(weight, 1 - args.average_decay)
 
         # 5. recompute all priorities, in one batch
         everything = memory.take(np.arange(len(memory)), device)

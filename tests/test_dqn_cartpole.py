@@ -146,10 +146,10 @@ def test_every_step_is_adam_on_the_huber_loss_and_the_average_follows(monkeypatc
 
 
 def test_one_update_per_step_once_a_batch_is_stored(monkeypatch):
-    sizes = []
-    monkeypatch.setattr(dqn_cartpole, "update_average", lambda *args: sizes.append(1))
+    updates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *args: updates.append(step(*args)))
     learn_with_lengths(monkeypatch, [20, 30], num_episodes=2, batch_size=32)
-    assert len(sizes) == 50 - 31
+    assert len(updates) == 50 - 31
 
 
 def test_zero_init_starts_all_values_at_zero():

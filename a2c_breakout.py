@@ -52,6 +52,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 import zipfile
 from contextlib import contextmanager, suppress
@@ -64,6 +65,7 @@ from typing import Any, Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # it is read when torch is imported
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train(), it ends us, and silently
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours as well
 
 import ale_py
 import cv2
@@ -377,6 +379,7 @@ class Worker:
         for index, env, state in zip(self.indices, self.envs, states[self.first :]):
             env.get_wrapper_attr("game").update(state["game"])
             env.frames[:] = np.frombuffer(state["frames"], np.uint8).reshape(4, 84, 84)
+            # __init__ has played some frames: a fresh emulator would go on differently in Qbert.
             env.unwrapped.ale.restoreSystemState(ale_py.ALEState(state["emulator"]))
             env.unwrapped.np_random.bit_generator.state = state["generator"]
             self.storage.observations[-1, index] = torch.from_numpy(env.frames)
@@ -540,7 +543,7 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_worker
 def average_over_ranks(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its mean over all ranks, in one message."""
     if WORLD_SIZE > 1:
-        joined = torch.cat([tensor.flatten() for tensor in tensors])
+        joined = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
         dist.all_reduce(joined)
         means = (joined / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
         for tensor, mean in zip(tensors, means):
@@ -643,7 +646,8 @@ class Run:
 
     def save_weights(self, name: str) -> None:
         if RANK == 0:
-            save(self.folder / name, self.parts["averaged"].state_dict())
+            weights = self.parts["averaged"].state_dict()
+            save(self.folder / name, {key: weight.cpu() for key, weight in weights.items()})
 
     def save_checkpoint(self, tell_workers) -> None:
         """Saves all that the rest of the run depends on."""
@@ -682,7 +686,7 @@ class Run:
 def lock(folder: Path):
     """Locks a run's folder until this process ends, and returns the open file."""
     file = open(folder / "lock", "w")
-    with suppress(ImportError):  # Windows has no fcntl
+    with suppress(ImportError, OSError):  # Windows has no fcntl, some network disks have no locks
         import fcntl
 
         try:
@@ -711,7 +715,8 @@ def save(path: Path, content: Any) -> None:
         raise OSError(f"cannot write {path}: {error.strerror}") from None
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, has to reach the disk
+        with suppress(OSError):  # some network disks cannot
+            os.fsync(folder)  # the new name, too, has to reach the disk
         os.close(folder)
 
 
@@ -722,10 +727,12 @@ def read_args(folder: Path) -> Args | None:
         if any(file.name != "lock" and file.suffix != ".tmp" for file in folder.glob("*")):
             raise ValueError(f"--resume: {folder} is neither the folder of a run nor empty")
         return None
-    here = {"device": "auto", "resume": folder, "runs_dir": Path("runs")}
+    here = {"resume": folder, "runs_dir": Path("runs")}
     try:
-        return Args(**json.loads(path.read_text()) | here)
-    except (TypeError, ValueError) as error:
+        flags = json.loads(path.read_text())
+        flags["device"] = flags["device"].replace("cuda", "auto")  # there may be none here
+        return Args(**flags | here)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--resume: {path} is damaged, or of another version: {error}") from None
 
 
@@ -807,7 +814,8 @@ def train(args: Args) -> dict:
     run = Run(args)
     with start_workers(args, network, storage) as tell_workers:
         if WORLD_SIZE > 1:
-            dist.init_process_group()  # after the fork, which would copy its threads' locks
+            # gloo works with and without GPUs. After the fork, which would copy its threads' locks.
+            dist.init_process_group("gloo")
         with stop_requests(run.stop_signals):
             learn(args, network, storage, tell_workers, run)
             result = run.finish()

@@ -78,7 +78,7 @@ import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import torch
 import a2c_breakout as a2c
-a2c.dist.init_process_group()
+a2c.dist.init_process_group("gloo")
 torch.manual_seed(0)
 network = a2c.ActorCritic(4)
 torch.nn.init.normal_(network.actor.weight, std=0.1)

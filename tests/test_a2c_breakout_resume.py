@@ -345,6 +345,24 @@ def test_a_full_disk_ends_the_run_in_one_line(copy):
     assert train(copy)["timesteps"] == 1200
 
 
+def test_a_disk_too_full_for_the_curves_ends_the_run_in_one_line(tmp_path):
+    """TensorBoard writes them in a thread of its own, which must not print a traceback."""
+    process = start("--num-envs", 4, "--log-every", 1, "--resume", tmp_path / "run")
+    workers = children(process.pid)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and gone(workers)
+    assert errors == "error: [Errno 27] File too large\n"
+    assert update_of(tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize(("begun", "goes_on"), [("cpu", "cpu"), ("auto", "auto"), ("cuda", "auto")])
+def test_a_run_stays_on_the_cpu_but_not_on_a_gpu_that_may_be_missing(copy, begun, goes_on):
+    flags = json.loads((copy / "args.json").read_text())
+    (copy / "args.json").write_text(json.dumps(flags | {"device": begun}))
+    assert a2c.parse_args(["--resume", str(copy)]).device == goes_on
+
+
 def test_a_nan_in_the_loss_leaves_the_last_checkpoint(copy, monkeypatch):
     original = a2c.compute_losses
 

@@ -691,7 +691,7 @@ def lock(folder: Path):
 
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the workers
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             raise ValueError(f"another process is training in {folder}") from None
     return file
 

@@ -773,14 +773,18 @@ def load_checkpoint(folder: Path, args: Args) -> dict[str, Any]:
 def stop_requests(received: list[int]):
     """Ctrl-C and SIGTERM add their number to a list, and the update under way is finished.
 
-    A second one ends everything at once, in case a worker hangs.
+    A second one ends everything at once, in case a worker hangs. Within half a second it is taken
+    for the same request: timeout(1) sends each twice, and torchrun passes on what ranks had too.
     """
+    first = math.inf
 
     def receive(signum, _):
-        if received:
+        nonlocal first
+        if time.monotonic() > first + 0.5:
             for process in multiprocessing.active_children():
                 process.kill()
             os._exit(128 + signum)
+        first = min(first, time.monotonic())
         received.append(signum)
 
     before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}

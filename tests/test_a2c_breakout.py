@@ -634,6 +634,15 @@ def test_ctrl_c_saves_and_exits(tmp_path):
     assert {"checkpoint.pth", "weight_end.pth", "result.json"} <= set(os.listdir(run_dir))
 
 
+def test_a_request_that_arrives_twice_is_one(tmp_path):
+    process = start("--num-envs", 4, "--runs-dir", tmp_path)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)  # else two signals can become one
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
+    assert "result.json" in os.listdir(next(tmp_path.iterdir()))
+
+
 def test_a_second_ctrl_c_ends_a_run_whose_worker_hangs(tmp_path):
     process = start("--num-envs", 4, "--runs-dir", tmp_path)
     workers = children(process.pid)

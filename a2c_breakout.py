@@ -16,7 +16,7 @@ One network looks at the last four frames and gives two answers: V(s), the disco
 expect from here (the critic), and pi(a|s), the probability of each action (the actor). Sixteen
 games are played side by side for five steps; these 80 transitions then make one gradient step:
 
-    R_t  = r_t + gamma R_{t+1}      R_{t+1} = 0 where step t ended a life, R_T = V(s_T), T = 5
+    R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended a life; R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.25 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
@@ -47,7 +47,6 @@ import ctypes
 import io
 import json
 import math
-import multiprocessing
 import os
 import platform
 import signal
@@ -64,8 +63,8 @@ from typing import Any, Literal
 # Let PyTorch's OpenMP threads spin for only 0.1 ms before they sleep: 15% more steps/s.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # it is read when torch is imported
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train(), it ends us, and silently
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours as well
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train(), Ctrl-C ends us silently
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
 
 import ale_py
 import cv2
@@ -89,7 +88,7 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
     seed: int = 1  # seed of the network and of the environments, from 0 to 2**31 - 1
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    bf16: bool = False  # convolutions in bfloat16: faster only on processors with units for it
+    bf16: bool = False  # all layers but the last in bfloat16: faster where the processor has it
     num_envs: int = 16  # environments side by side, on all ranks together, 1 or more
     num_steps: int = 5  # steps between two updates, the length of the return, 1 or more
     total_timesteps: int = 10_000_000  # decisions in all environments, num_envs * num_steps or more
@@ -105,12 +104,13 @@ class Args:
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
     average_decay: float = 0.99  # decay, per 10 updates, of the kept average; 0: the last weights
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
-    resume: Path | None = None  # folder of a run to continue, or an empty one to begin in
+    resume: Path | None = None  # folder of a run to continue, or a new one to begin in
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
     save_every: int = 12_500  # updates between two weight_*.pth, 1 or more
     log_every: int = 100  # updates between two lines of output, 1 or more
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        batch = self.num_envs * self.num_steps
         for names, good, rule in [
             ("num_envs num_steps", lambda x: x >= 1, "1 or more"),
             ("checkpoint_every save_every log_every", lambda x: x >= 1, "1 or more"),
@@ -120,7 +120,7 @@ class Args:
             ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "0 or more"),
             ("rmsprop_alpha average_decay", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
-            ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
+            ("total_timesteps", lambda x: x >= batch, f"{batch} or more"),
             ("device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu (no CUDA)"),
         ]:
             for name in names.split():
@@ -268,7 +268,7 @@ def init(layer: nn.Module, gain: float) -> nn.Module:
 
 
 class ActorCritic(nn.Module):
-    """The convolutional network of Mnih et al. 2015 with two heads. Names as in the book."""
+    """The network of Mnih et al. 2015 with two heads; named as in the book, whose weights load."""
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
@@ -389,7 +389,7 @@ def run_worker(worker_end, parent_end, *worker_args) -> None:
     """A worker's process: does what it is told, until its parent is gone."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # it is the parent that is asked to stop
-    parent_end.close()
+    parent_end.close()  # recv() below raises EOFError once the parent has gone
     worker = Worker(*worker_args)
     with suppress(EOFError, OSError):
         while True:
@@ -475,7 +475,8 @@ def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_worker
     below) knows how far it is, collects the games that ended and the stop signals, logs and saves.
     """
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # a machine's ranks share its GPUs
+    device = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if on_cuda else "cpu")
     learner = copy.deepcopy(network).to(device) if on_cuda else network
     averaged = copy.deepcopy(learner).requires_grad_(False)
     parameters = list(learner.parameters())
@@ -589,7 +590,7 @@ class Run:
         """Restores the network, its average, the optimizer and the workers, or saves them."""
         self.parts = parts
         checkpoint, self.checkpoint = self.checkpoint, None  # freed when this returns
-        if len(set(gather(self.timesteps))) > 1:
+        if len(set(gather((bool(checkpoint), self.timesteps)))) > 1:
             raise ValueError("the ranks see different checkpoints: do they share a disk?")
         device = parts["network"].actor.weight.device.type
         self.machine = f"{device}, {torch.get_num_threads()} threads, {WORLD_SIZE} rank(s)"
@@ -774,14 +775,14 @@ def stop_requests(received: list[int]):
     """Ctrl-C and SIGTERM add their number to a list, and the update under way is finished.
 
     A second one ends everything at once, in case a worker hangs. Within half a second it is taken
-    for the same request: timeout(1) sends each twice, and torchrun passes on what ranks had too.
+    for the same request: timeout(1) sends each twice, torchrun one that the ranks had already.
     """
     first = math.inf
 
     def receive(signum, _):
         nonlocal first
         if time.monotonic() > first + 0.5:
-            for process in multiprocessing.active_children():
+            for process in torch.multiprocessing.active_children():
                 process.kill()
             os._exit(128 + signum)
         first = min(first, time.monotonic())

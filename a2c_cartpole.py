@@ -16,7 +16,7 @@ One network gives two answers: V(s), the discounted return to expect from state 
 pi(a|s), the probability of each action (the actor). It learns both together. Five steps in 32
 environments make one update and are then forgotten:
 
-    R_t  = r_t + gamma R_{t+1}      R_{t+1} = 0 after an episode's end, R_T = V(s_T), T = 5
+    R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended an episode; R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 

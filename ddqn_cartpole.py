@@ -19,7 +19,7 @@ network, a copy of the first that is refreshed after every other episode:
 
     a*   = argmax_a' Q(s', a')
     y    = r + gamma * Q_target(s', a*)        (y = r where the episode ended)
-    loss = Huber(Q(s, a) - y)
+    loss = Huber(Q(s, a) - y)                  (y is a constant: no gradient flows through it)
 
 The rest is dqn_cartpole.py; to see what is new: diff dqn_cartpole.py ddqn_cartpole.py
 
@@ -209,7 +209,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
     were played, for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # copied to in step 5
+    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # copied to below
     rng = np.random.default_rng(args.seed)
     memory = ReplayMemory(args.memory_size, rng)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)

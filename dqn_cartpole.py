@@ -17,7 +17,7 @@ rewards to come, each multiplied by gamma = 0.99 for every step until then. A ne
 and learns from the reward r and its own estimate one step later, in state s':
 
     y    = r + gamma * max_a' Q(s', a')        (y = r where the episode ended)
-    loss = Huber(Q(s, a) - y)
+    loss = Huber(Q(s, a) - y)                  (y is a constant: no gradient flows through it)
 
 Consecutive steps resemble each other, and a network trained on them in order forgets the rest.
 Hence the replay memory: each update draws a random batch from the last 10,000 transitions. An

@@ -24,11 +24,11 @@ most likely one instead.
 
 An attempt is one life, with all bricks in place and no no-ops at its start. A whole game is five
 lives, as in training: 1 to 30 no-ops, then, after each lost life, the same bricks, one more no-op
-and an empty frame stack; its score is the sum over all lives. Attempt or game number i (from 0)
-is seeded with seed + i for its actions and no-ops, so that it is the same, up to rounding, whatever
-is played before it or beside it. A game that never ends, because the policy does not serve or the
-ball meets no brick any more, is cut after 65,536 frames, 18 minutes: from then on Breakout serves
-no ball. Other games are cut after 108,000.
+and an empty frame stack; its score is the sum over all lives. Attempt or game number i (from 1) is
+seeded with seed + i - 1 for its actions and no-ops, so that it is the same, up to rounding,
+whatever is played before it or beside it. A game that never ends, because the policy does not serve
+or the ball meets no brick any more, is cut after 65,536 frames, 18 minutes: from then on Breakout
+serves no ball. Other games are cut after 108,000.
 
 Each run leaves args.json, result.json and film.mp4 (with --gif also film.gif, with --random also
 first_screen.png) in runs/play_breakout__<seed>__<time>/. The film shows the screen after each
@@ -39,7 +39,7 @@ Environment and network are those of a2c_breakout.py, repeated so that this file
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): gymnasium instead of gym (a game
 ends `terminated`, lost, or `truncated`, at the frame limit); screens are turned gray before, not
-after, the maximum of two is taken. They differ by a few gray levels: either's weights play in both.
+after, the maximum of two is taken. A few gray levels differ: weights of either play in both.
 """
 
 import json
@@ -234,7 +234,7 @@ def make_env(env_id: str, whole_games: bool) -> gym.Env:
 
 
 class ActorCritic(nn.Module):
-    """The convolutional network of Mnih et al. 2015 with two heads. Names as in the book."""
+    """The network of Mnih et al. 2015 with two heads; named as in the book, whose weights load."""
 
     def __init__(self, num_actions: int):
         super().__init__()
@@ -392,10 +392,10 @@ def play_randomly(args: Args, run_dir: Path) -> tuple[float, list[np.ndarray]]:
 
 
 def film(screens: Iterable[np.ndarray], run_dir: Path, gif: bool) -> None:
-    """Writes film.mp4, three times as large as the screen, and perhaps film.gif."""
+    """Writes film.mp4, three times as large as the screen, and with gif film.gif."""
     # By default imageio would stretch 480 x 630 to multiples of 16.
     writers = [imageio.get_writer(run_dir / "part.mp4", fps=15, macro_block_size=2)]
-    if gif:  # 70 ms a frame, in GIF's units of 10; subrectangles stores only what changes
+    if gif:  # 70 ms a frame: GIF counts in tens; subrectangles stores only what changes
         options = {"duration": 70, "loop": 0, "subrectangles": True}
         writers.append(imageio.get_writer(run_dir / "part.gif", **options))
     try:

@@ -379,7 +379,7 @@ class Worker:
         for index, env, state in zip(self.indices, self.envs, states[self.first :]):
             env.get_wrapper_attr("game").update(state["game"])
             env.frames[:] = np.frombuffer(state["frames"], np.uint8).reshape(4, 84, 84)
-            # __init__ has played some frames: a fresh emulator would go on differently in Qbert.
+            # The emulator has played in __init__: a fresh one would go on differently in Qbert.
             env.unwrapped.ale.restoreSystemState(ale_py.ALEState(state["emulator"]))
             env.unwrapped.np_random.bit_generator.state = state["generator"]
             self.storage.observations[-1, index] = torch.from_numpy(env.frames)
@@ -406,7 +406,7 @@ def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage):
     # macOS cannot fork safely, Windows not at all.
     context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     num_envs = storage.actions.shape[1]  # those of this rank
-    num_workers = min(torch.get_num_threads(), num_envs)
+    num_workers = min(torch.get_num_threads(), num_envs)  # torchrun gives each rank one thread
     workers = []
 
     def tell_workers(method: str, *arguments) -> list[Any]:

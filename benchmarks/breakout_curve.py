@@ -7,7 +7,8 @@ Reads the TensorBoard files in the runs' folders and writes, in benchmarks/resul
 breakout_curves.csv, a row for each game in training (the run's seed or label; timestep: when the
 game ended; length: in decisions), and breakout_curves.png: above the scores, below the lengths, the
 dots single games, the lines running means of 100. Prints when the running mean first reached 100,
-200, 300 and 400, and how much of the last million timesteps went into games of over 3000 decisions.
+200, 300 and 400, and how much of the last million timesteps went into games of over 3000 decisions,
+and into those among them that cleared the first wall (432 points).
 """
 
 import argparse
@@ -23,7 +24,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LONG = 3000  # decisions
+LONG, WALL = 3000, 432  # decisions, points
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -32,14 +33,14 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
-def report(label: str, games: np.ndarray, events: EventAccumulator) -> None:
+def report(label: str, last: int, games: np.ndarray, events: EventAccumulator) -> None:
     """Prints when the running mean passed each hundred, and the share of the long games."""
     timesteps, scores, lengths = games.T
     points = events.Scalars("charts/SPS")
     seconds = np.diff([point.wall_time for point in points], prepend=points[0].wall_time)
     pause = 10 * np.median(seconds)  # a run that was stopped and resumed later
     hours = np.cumsum(np.where(seconds > pause, 0, seconds)) / 3600
-    last, mean = points[-1].step, running_mean(scores)
+    mean = running_mean(scores)
     print(f"{label}: {len(games)} games, {last:,} timesteps in {hours[-1]:.2f} hours, "
           f"mean of the last 100 games {mean[-1]:.1f}, best game {scores.max():.0f}")  # fmt: skip
     for goal in (100, 200, 300, 400):
@@ -49,9 +50,11 @@ def report(label: str, games: np.ndarray, events: EventAccumulator) -> None:
         timestep = timesteps[len(scores) - len(mean) + np.argmax(mean >= goal)]
         after = np.interp(timestep, [point.step for point in points], hours)
         print(f"  {goal} after {timestep:,.0f} timesteps, {after:.2f} hours")
-    late = lengths[timesteps > last - 1_000_000]
-    share = late[late > LONG].sum() / late.sum()
-    print(f"  decisions in games of over {LONG}, last million timesteps: {share:.1%}")
+    late = timesteps > last - 1_000_000
+    long, decisions = late & (lengths > LONG), lengths[late].sum()
+    share, cleared = (lengths[some].sum() / decisions for some in (long, long & (scores >= WALL)))
+    print(f"  last million timesteps, decisions in games of over {LONG}: {share:.1%}, "
+          f"those that cleared the first wall {cleared:.1%}; longest {lengths[late].max():.0f}")  # fmt: skip
 
 
 def main() -> None:
@@ -67,7 +70,8 @@ def main() -> None:
     rows = []
     figure, (above, below) = plt.subplots(2, sharex=True, figsize=(9, 7), dpi=110)
     for number, run in enumerate(args.runs):
-        seed = json.loads((run / "args.json").read_text())["seed"]
+        result = json.loads((run / "result.json").read_text())
+        seed = result["seed"]
         events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
         tags = ("charts/episodic_return", "charts/episodic_length")
         scores, lengths = (events.Scalars(tag) for tag in tags)
@@ -75,7 +79,7 @@ def main() -> None:
         games = np.array([(game.step, game.value, length.value) for game, length in pairs])
         label = args.labels[number] if args.labels else f"seed {seed}"
         rows += [(label if args.labels else seed, *map(int, game)) for game in games]
-        report(label, games, events)
+        report(label, result["timesteps"], games, events)
         for axes, values in ((above, games[:, 1]), (below, games[:, 2])):
             mean, millions = running_mean(values), games[:, 0] / 1e6
             axes.plot(millions, values, ".", markersize=2, alpha=0.15, color=f"C{number}")

@@ -53,8 +53,10 @@ def report(label: str, last: int, games: np.ndarray, events: EventAccumulator) -
     late = timesteps > last - 1_000_000
     long, decisions = late & (lengths > LONG), lengths[late].sum()
     share, cleared = (lengths[some].sum() / decisions for some in (long, long & (scores >= WALL)))
-    print(f"  last million timesteps, decisions in games of over {LONG}: {share:.1%}, "
-          f"those that cleared the first wall {cleared:.1%}; longest {lengths[late].max():.0f}")  # fmt: skip
+    print(
+        f"  last million timesteps: {share:.1%} of the decisions in games of over {LONG}, {cleared:.1%}"
+        f" in those that cleared the first wall; the longest had {lengths[late].max():.0f}"
+    )
 
 
 def main() -> None:

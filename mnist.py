@@ -312,8 +312,9 @@ def load_file(name: str, data_dir: Path) -> np.ndarray:
             try:
                 return read_idx(path)
             except ValueError as error:
-                print(f"{path} is not the file of MNIST ({error}): it is now {path.name}.bad")
-                path.replace(f"{path}.bad")
+                aside = f"{path.name}.{time.time_ns()}.bad"
+                print(f"{path} is not the file of MNIST ({error}): it is now {aside}")
+                path.rename(data_dir / aside)
     data_dir.mkdir(parents=True, exist_ok=True)
     failures = []
     for mirror in MIRRORS:

@@ -28,12 +28,23 @@ GAMES = [BREAKOUT, "PongNoFrameskip-v4", "QbertNoFrameskip-v4"]
 TINY = ["--num-envs", "4", "--total-timesteps", "200"]  # 10 updates
 
 
+started: list[subprocess.Popen] = []
+
+
 @pytest.fixture(autouse=True)
 def two_workers():
+    """Two threads for each test, and no training that goes on behind one that has failed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+    while started:
+        process = started.pop()
+        process.terminate()  # which does nothing once it has ended
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def run(*flags, script=SCRIPT, timeout=120, **kwargs):
@@ -50,6 +61,7 @@ def start(*flags, until="finished timesteps"):
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, env=env)
+    started.append(process)
     for line in process.stdout:
         if until in line:
             return process
@@ -201,9 +213,7 @@ def test_the_frame_limit_is_a_real_end():
 
 
 def test_zero_lives_before_the_end_are_no_end():
-    env = a2c.EpisodicLife(
-        Script((0, 1, False, False), (0, 0, False, False), (0, 0, True, False))
-    )
+    env = a2c.EpisodicLife(Script((0, 1, False, False), (0, 0, False, False), (0, 0, True, False)))
     env.reset()
     assert [env.step(0)[2] for _ in range(3)] == [True, False, True]
 
@@ -309,7 +319,7 @@ def test_bfloat16_keeps_heads_and_weights_in_float32():
     network, reduced = a2c.ActorCritic(4), a2c.ActorCritic(4, bf16=True)
     reduced.load_state_dict(network.state_dict())
     observations = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
-    (values, logits), (values16, logits16) = network(observations), reduced(observations)
+    (values, _), (values16, logits16) = network(observations), reduced(observations)
     assert values16.dtype == logits16.dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in reduced.parameters())
     assert 0 < (values - values16).abs().max() < 0.05
@@ -318,8 +328,8 @@ def test_bfloat16_keeps_heads_and_weights_in_float32():
 def test_initialisation_is_the_books():
     torch.manual_seed(0)
     network = a2c.ActorCritic(4)
-    gains = [(network.conv[0], 2**0.5), (network.conv[7], 2**0.5), (network.critic, 1),
-             (network.actor, 0.01)]  # fmt: skip
+    gains = [(network.conv[0], 2**0.5), (network.conv[2], 2**0.5), (network.conv[4], 2**0.5),
+             (network.conv[7], 2**0.5), (network.critic, 1), (network.actor, 0.01)]  # fmt: skip
     for layer, gain in gains:
         weight = layer.weight.flatten(1)
         assert torch.allclose(weight @ weight.T, gain**2 * torch.eye(len(weight)), atol=1e-5)
@@ -345,7 +355,8 @@ def test_workers_fill_the_rollout_with_transitions_of_the_game(method, monkeypat
     context = torch.multiprocessing.get_context(method)
     monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: context)
     T, N = 60, 3
-    args, storage = a2c.Args(seed=11, num_envs=N, num_steps=T), a2c.RolloutStorage(T, N)
+    args = a2c.Args(seed=11, num_envs=N, num_steps=T, max_idle_steps=40)
+    storage = a2c.RolloutStorage(T, N)
     torch.manual_seed(0)
     network, seen, games = a2c.ActorCritic(4).share_memory(), [], []
     with a2c.start_workers(args, network, storage) as tell:
@@ -355,10 +366,10 @@ def test_workers_fill_the_rollout_with_transitions_of_the_game(method, monkeypat
             seen.append([array.clone() for array in vars(storage).values()])
     assert gone(pids) and len(pids) == 2
     _, actions, rewards, masks = (torch.cat(parts) for parts in zip(*seen))
-    expected_games = []
+    expected_games, ends = [], set()
     seeds = np.random.SeedSequence(11).generate_state(N)
     for i in range(N):
-        env = a2c.make_env(BREAKOUT)
+        env = a2c.make_env(BREAKOUT, max_idle_steps=40)
         frames, _ = env.reset(seed=int(seeds[i]))
         for t in range(2 * T):
             assert np.array_equal(seen[t // T][0][t % T, i], frames)
@@ -366,15 +377,17 @@ def test_workers_fill_the_rollout_with_transitions_of_the_game(method, monkeypat
                 logits = network(torch.from_numpy(frames)[None])[1][0].numpy()
             assert actions[t, i] == (logits + env.unwrapped.np_random.gumbel(size=4)).argmax()
             frames, reward, terminated, truncated, info = env.step(actions[t, i].item())
-            assert rewards[t, i] == reward and masks[t, i] == (not terminated)
-            if terminated:
+            assert rewards[t, i] == reward and masks[t, i] == (not (terminated or truncated))
+            ends.update([(terminated, truncated)])
+            if terminated or truncated:
                 frames, reset_info = env.reset()
                 info |= reset_info
             if "game" in info:
                 expected_games.append((t * N + i + 1, *info["game"]))
             if t % T == T - 1:
                 assert np.array_equal(seen[t // T][0][T, i], frames)
-    assert not masks.all() and rewards.any() and sorted(games) == sorted(expected_games) != []
+    assert ends == {(False, False), (True, False), (False, True)}  # lives and cuts
+    assert rewards.any() and sorted(games) == sorted(expected_games) != []
 
 
 def test_a_dead_worker_is_reported():
@@ -452,21 +465,27 @@ def train(tmp_path, **changes):
     return torch.load(run_dir / "weight_end.pth", weights_only=True)
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path, finished):
+def test_the_same_seed_and_precision_give_the_same_weights(tmp_path, finished):
     weights = train(tmp_path)
     assert same(weights, torch.load(finished / "weight_end.pth", weights_only=True))
-    assert not same(weights, train(tmp_path, seed=2))
+    assert not same(weights, train(tmp_path / "bf16", bf16=True))
+    assert not same(weights, train(tmp_path / "seed", seed=2))
 
 
 @pytest.mark.parametrize(("max_grad_norm", "average_decay"), [(1e-3, 0.6), (1e3, 0.0)])
 def test_an_update_is_the_clipped_gradient_of_the_whole_loss_and_every_tenth_is_averaged(
     tmp_path, monkeypatch, max_grad_norm, average_decay
 ):
-    """What reaches RMSprop and what is kept, against the same recomputed here."""
-    expected, steps, weights = [], [], []
+    """What reaches the loss and RMSprop, and what is kept, against the same recomputed here."""
+    expected, steps, weights, storage = [], [], [], a2c.RolloutStorage(5, 4)
     losses, rmsprops_step = a2c.compute_losses, torch.optim.RMSprop.step
 
     def spied_losses(network, *batch):
+        with torch.no_grad():
+            last_values, _ = network(storage.observations[-1])
+        returns = a2c.compute_returns(storage.rewards.sign(), storage.masks, last_values, 0.9)
+        rollout = (storage.observations[:-1], storage.actions, returns)
+        assert all(torch.equal(a, b.flatten(0, 1)) for a, b in zip(batch, rollout, strict=True))
         value_loss, policy_loss, entropy = losses(network, *batch)
         loss = 0.5 * value_loss + policy_loss - 0.02 * entropy
         gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
@@ -475,14 +494,17 @@ def test_an_update_is_the_clipped_gradient_of_the_whole_loss_and_every_tenth_is_
         return value_loss, policy_loss, entropy
 
     def spied_step(optimizer):
+        assert (optimizer.defaults["alpha"], optimizer.defaults["eps"]) == (0.9, 1e-3)
         parameters = optimizer.param_groups[0]["params"]
         steps.append([parameter.grad.clone() for parameter in parameters])
         rmsprops_step(optimizer)
         weights.append([parameter.detach().clone() for parameter in parameters])
 
+    monkeypatch.setattr(a2c, "RolloutStorage", lambda num_steps, num_envs: storage)
     monkeypatch.setattr(a2c, "compute_losses", spied_losses)
     monkeypatch.setattr(torch.optim.RMSprop, "step", spied_step)
-    changes = {"max_grad_norm": max_grad_norm, "average_decay": average_decay}
+    changes = {"max_grad_norm": max_grad_norm, "average_decay": average_decay, "gamma": 0.9}
+    changes |= {"rmsprop_alpha": 0.9, "rmsprop_eps": 1e-3}
     kept = train(tmp_path, total_timesteps=440, value_loss_coef=0.5, entropy_coef=0.02, **changes)
     assert len(steps) == 22
     for ours, theirs in zip(steps, expected, strict=True):
@@ -526,7 +548,9 @@ def test_the_loss_sees_the_sign_of_a_reward_and_the_curves_see_the_points(
 
 def test_whole_games_are_logged_once_each(tmp_path):
     """Games of five lives, each at the timestep of its last decision."""
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     result = a2c.train(a2c.Args(num_envs=4, total_timesteps=1800, runs_dir=tmp_path))
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
     (run_dir,) = tmp_path.iterdir()
     returns, lengths = (points(run_dir, f"charts/episodic_{what}") for what in ("return", "length"))
     assert len(returns) == len(lengths) == result["games"] > 3
@@ -669,7 +693,8 @@ def test_ctrl_c_while_torch_is_imported_prints_no_traceback(tmp_path):
         # Tests that were started in the background ignore SIGINT; their children would too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch" not in maps.read_text():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate(timeout=30)[1]
@@ -684,7 +709,8 @@ import a2c_breakout as a2c
 sizes = []
 losses = a2c.compute_losses
 def counted(*arguments):
-    sizes.append(int(open("/proc/self/statm").read().split()[1]))
+    pids = ["self", *(worker.pid for worker in a2c.torch.multiprocessing.active_children())]
+    sizes.append(sum(int(open(f"/proc/{{pid}}/statm").read().split()[1]) for pid in pids))
     return losses(*arguments)
 a2c.compute_losses = counted
 a2c.train(a2c.Args(num_envs=4, total_timesteps=2000, log_every=10, runs_dir=a2c.Path(sys.argv[1])))

@@ -7,7 +7,7 @@ import sys
 import time
 
 import torch
-from test_a2c_breakout import SCRIPT, children, gone, points, two_workers  # noqa: F401
+from test_a2c_breakout import SCRIPT, children, gone, points, started, two_workers  # noqa: F401
 from test_a2c_breakout_resume import SHORT, stop_at, train, update_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -111,6 +111,7 @@ def test_one_rank_dying_ends_all_and_the_run_can_go_on(tmp_path):
     flags += ["--resume", str(tmp_path / "run")]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([*TORCHRUN, str(SCRIPT), *flags], **quiet)
+    started.append(process)
     deadline = time.time() + 120
     while not (tmp_path / "run" / "checkpoint.pth").exists() and time.time() < deadline:
         time.sleep(0.1)

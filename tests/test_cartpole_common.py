@@ -7,8 +7,10 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -70,6 +72,13 @@ def main_in_process(name: str, monkeypatch, *arguments: str) -> SystemExit:
 # ---- a run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", Q_LEARNING[1:])  # that of dqn_cartpole.py takes twice as long
+def test_a_run_of_the_default_flags_solves_the_task(name, tmp_path):
+    script = importlib.import_module(name)
+    result = script.train(script.Args(runs_dir=tmp_path))
+    assert result["solved_episode"] < 500 and result["eval_mean"] > 150
+
+
 @each_script
 def test_a_copy_runs_alone_as_a_user_would(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
@@ -115,7 +124,7 @@ def test_same_seed_same_result_to_the_bit(name, tmp_path):
     np.random.seed(1)  # whatever state the global generators are in
     torch.manual_seed(1)
     second, second_weights, _ = run_once(name, tmp_path / "second", seed=4)
-    other, other_weights, _ = run_once(name, tmp_path / "other", seed=5)
+    _, other_weights, _ = run_once(name, tmp_path / "other", seed=5)
     assert first == second
     assert all(equal(first_weights, second_weights))
     assert not all(equal(first_weights, other_weights))
@@ -306,11 +315,12 @@ def test_weights_that_are_not_ours_are_refused(name, tmp_path):
     script.train(short_args(name, runs, weights=bad))  # now it is good
 
 
-@each_script
+@pytest.mark.parametrize("name", [*Q_LEARNING, A2C, "mnist", "a2c_breakout", "play_breakout"])
 def test_importing_a_script_does_nothing_else(name):
-    threads = torch.get_num_threads()
-    state = torch.get_rng_state()
+    def settings():
+        handlers = (signal.getsignal(signal.SIGINT), threading.excepthook)
+        return torch.get_num_threads(), torch.get_rng_state().tolist(), handlers
+
+    before = settings()
     module = runpy.run_path(str(ROOT / f"{name}.py"), run_name="imported")
-    assert "train" in module
-    assert torch.get_num_threads() == threads
-    assert torch.equal(torch.get_rng_state(), state)
+    assert "Args" in module and settings() == before

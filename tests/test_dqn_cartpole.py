@@ -37,6 +37,7 @@ class ScriptedEnv:
     def __init__(self, lengths: list[int]):
         self.lengths = lengths
         self.episode = -1
+        self.actions = [[] for _ in lengths]
 
     def reset(self, seed=None):
         if seed is None:  # the reset with a seed comes before the first episode
@@ -45,6 +46,7 @@ class ScriptedEnv:
         return np.zeros(4, np.float32), {}
 
     def step(self, action):
+        self.actions[self.episode].append(action)
         self.left -= 1
         return np.zeros(4, np.float32), 1.0, self.left == 0, False, {}
 
@@ -159,6 +161,7 @@ def test_zero_init_starts_all_values_at_zero():
 
 
 def test_greedy_action_has_the_higher_value():
+    torch.manual_seed(0)
     network = QNetwork(32, zero_init=False)
     states = torch.randn(50, 4)
     actions = [network.greedy_action(state.numpy()) for state in states]
@@ -183,7 +186,7 @@ def test_the_environment_ends_an_episode_after_200_steps():
 
 
 def test_epsilon_is_half_divided_by_the_episode(monkeypatch):
-    """Counts the steps in which the network is asked; in the others the action was random."""
+    """Counts the steps in which the network is asked; in the others the action is random."""
     env = ScriptedEnv([4000, 4000, 4000, 4000])
     asked = np.zeros(4)
 
@@ -196,6 +199,8 @@ def test_epsilon_is_half_divided_by_the_episode(monkeypatch):
     args = Args(num_episodes=4, batch_size=20_000, memory_size=20_000)  # too large for any update
     learn(args, Asked(32, True), Asked(32, True), NoWriter())
     assert 1 - asked / 4000 == pytest.approx([1 / 2, 1 / 4, 1 / 6, 1 / 8], abs=0.03)
+    # The network always says 0: half of the random actions are 1.
+    assert np.mean(env.actions, axis=1) == pytest.approx([1 / 4, 1 / 8, 1 / 12, 1 / 16], abs=0.03)
 
 
 # ---- when it is solved -------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+
 
 import per_cartpole
 from per_cartpole import Args, QNetwork, ReplayMemory, learn, td_errors
@@ -190,7 +190,7 @@ def test_order_of_events(monkeypatch):
             return super().sample_by_priority(*args)
 
         def set_priorities(self, errors):
-            assert len(errors) == len(self)
+            assert len(errors) == len(self) and (self.alpha, self.beta) == (0.7, 0.3)
             events.append("recompute")
             super().set_priorities(errors)
 
@@ -199,10 +199,16 @@ def test_order_of_events(monkeypatch):
             events.append("copy")
             return super().load_state_dict(*args)
 
+    def spied_errors(main, target, *rest):
+        assert main is network and target is not network
+        return td_errors(main, target, *rest)
+
+    monkeypatch.setattr(per_cartpole, "td_errors", spied_errors)
     monkeypatch.setattr(per_cartpole, "ReplayMemory", SpiedMemory)
     monkeypatch.setattr(per_cartpole, "QNetwork", SpiedNetwork)
-    args = Args(num_episodes=4, uniform_episodes=2, batch_size=1)
-    learn(args, SpiedNetwork(32, True), SpiedNetwork(32, True), NoWriter())
+    args = Args(num_episodes=4, uniform_episodes=2, batch_size=1, alpha=0.7, beta=0.3)
+    network = SpiedNetwork(32, True)
+    learn(args, network, SpiedNetwork(32, True), NoWriter())
     summary = [e for i, e in enumerate(events) if i == 0 or e != events[i - 1]]
     assert summary == (
         ["uniform", "recompute", "copy", "uniform", "recompute"]

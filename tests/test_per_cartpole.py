@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-
 import per_cartpole
 from per_cartpole import Args, QNetwork, ReplayMemory, learn, td_errors
 

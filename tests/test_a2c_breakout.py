@@ -470,6 +470,33 @@ def test_the_same_seed_and_precision_give_the_same_weights(tmp_path, finished):
     assert same(weights, torch.load(finished / "weight_end.pth", weights_only=True))
     assert not same(weights, train(tmp_path / "bf16", bf16=True))
     assert not same(weights, train(tmp_path / "seed", seed=2))
+    (run_dir,) = (tmp_path / "seed").iterdir()
+    one, two = (torch.load(run / "weight_0.pth", weights_only=True) for run in (finished, run_dir))
+    assert not same(one, two)
+
+
+def test_on_a_gpu_the_workers_get_every_update(tmp_path, monkeypatch):
+    """By the same lines; but what asks for CUDA here gets the CPU, which every machine has."""
+    weights = train(tmp_path / "cpu", average_decay=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cpu = torch.device("cpu")
+    elsewhere = SimpleNamespace(**vars(torch) | {"device": lambda _: cpu})
+    monkeypatch.setattr(a2c, "torch", elsewhere)
+    assert same(weights, train(tmp_path / "gpu", average_decay=0))
+
+
+def test_the_line_of_output(tmp_path, capsys):
+    args = a2c.Args(num_envs=4, total_timesteps=3_700_000, resume=tmp_path / "run")
+    run = a2c.Run(args)
+    run.progress["update"], run.start = 5000, time.perf_counter() - 100
+    run.ended_games = [(number, number, 5) for number in range(150)]  # timestep, score, length
+    run.writer = SimpleNamespace(add_scalar=lambda *_: None)
+    run.log({}, 0)
+    assert capsys.readouterr().out == (
+        "finished timesteps 100000, last 100 games: mean/median 99.5/99.5, min/max 50/149, "
+        "1000 steps/s, 1.0 h left\n"
+    )
 
 
 @pytest.mark.parametrize(("max_grad_norm", "average_decay"), [(1e-3, 0.6), (1e3, 0.0)])
@@ -477,16 +504,19 @@ def test_an_update_is_the_clipped_gradient_of_the_whole_loss_and_every_tenth_is_
     tmp_path, monkeypatch, max_grad_norm, average_decay
 ):
     """What reaches the loss and RMSprop, and what is kept, against the same recomputed here."""
-    expected, steps, weights, storage = [], [], [], a2c.RolloutStorage(5, 4)
+    expected, steps, weights, seen = [], [], [], []
+    storage = a2c.RolloutStorage(4, 4)
     losses, rmsprops_step = a2c.compute_losses, torch.optim.RMSprop.step
 
     def spied_losses(network, *batch):
+        assert all(weight.is_shared() for weight in network.parameters())  # the workers' too
         with torch.no_grad():
             last_values, _ = network(storage.observations[-1])
         returns = a2c.compute_returns(storage.rewards.sign(), storage.masks, last_values, 0.9)
         rollout = (storage.observations[:-1], storage.actions, returns)
         assert all(torch.equal(a, b.flatten(0, 1)) for a, b in zip(batch, rollout, strict=True))
         value_loss, policy_loss, entropy = losses(network, *batch)
+        seen.append((value_loss.item(), policy_loss.item()))
         loss = 0.5 * value_loss + policy_loss - 0.02 * entropy
         gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
@@ -500,17 +530,19 @@ def test_an_update_is_the_clipped_gradient_of_the_whole_loss_and_every_tenth_is_
         rmsprops_step(optimizer)
         weights.append([parameter.detach().clone() for parameter in parameters])
 
-    monkeypatch.setattr(a2c, "RolloutStorage", lambda num_steps, num_envs: storage)
+    monkeypatch.setattr(a2c, "RolloutStorage", lambda *sizes: storage if sizes == (4, 4) else None)
     monkeypatch.setattr(a2c, "compute_losses", spied_losses)
     monkeypatch.setattr(torch.optim.RMSprop, "step", spied_step)
     changes = {"max_grad_norm": max_grad_norm, "average_decay": average_decay, "gamma": 0.9}
-    changes |= {"rmsprop_alpha": 0.9, "rmsprop_eps": 1e-3}
-    kept = train(tmp_path, total_timesteps=440, value_loss_coef=0.5, entropy_coef=0.02, **changes)
+    changes |= {"rmsprop_alpha": 0.9, "rmsprop_eps": 1e-3, "num_steps": 4}
+    kept = train(tmp_path, total_timesteps=352, value_loss_coef=0.5, entropy_coef=0.02, **changes)
     assert len(steps) == 22
     for ours, theirs in zip(steps, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert (one - other).norm() <= 1e-3 * other.norm()
     (run_dir,) = tmp_path.iterdir()
+    logged = [points(run_dir, f"losses/{name}")[0][1] for name in ("value_loss", "policy_loss")]
+    assert logged == pytest.approx(seen[0])
     mean = torch.load(run_dir / "weight_0.pth", weights_only=True).values()
     for update in (0, 10, 20):
         mean = [0.6 * old + 0.4 * new for old, new in zip(mean, weights[update], strict=True)]
@@ -647,6 +679,7 @@ def test_bad_input_is_one_message_on_the_command_line(tmp_path):
 def test_ctrl_c_saves_and_exits(tmp_path):
     process = start("--num-envs", 4, "--runs-dir", tmp_path)
     workers = children(process.pid)
+    os.kill(workers[0], signal.SIGTERM)  # it is for the parent to say when they end
     for pid in [*workers, *workers, process.pid]:  # a terminal sends it to all of them
         os.kill(pid, signal.SIGINT)
         time.sleep(0.1)  # else two signals can become one

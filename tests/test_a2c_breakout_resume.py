@@ -188,12 +188,15 @@ def test_a_finished_run_stays_as_it_is(copy):
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, tmp_path):
     shutil.copy(whole / "args.json", tmp_path)
-    shutil.copy(whole / "args.json", tmp_path / "weight_0.pth.tmp")
+    shutil.copy(whole / "weight_0.pth", tmp_path)
+    shutil.copy(whole / "args.json", tmp_path / "checkpoint.pth.tmp")
     assert train(tmp_path, "--total-timesteps", 100)["timesteps"] == 100
 
 
 def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(whole, tmp_path):
     run_dir = tmp_path / "shared"
+    run_dir.mkdir()
+    (run_dir / "lock").touch()  # of one that was killed before it had begun
     process = start(*FLAGS, "--resume", run_dir)
     process.send_signal(signal.SIGSTOP)
     before = contents(run_dir)
@@ -233,6 +236,12 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
         ("--max-idle-steps", 0),
         ("--average-decay", 0),
         ("--bf16", None),
+        ("--learning-rate", 1e-4),
+        ("--rmsprop-alpha", 0.9),
+        ("--rmsprop-eps", 1e-3),
+        ("--value-loss-coef", 1),
+        ("--entropy-coef", 0),
+        ("--max-grad-norm", 1),
     ],
 )
 def test_a_flag_that_would_change_the_result_is_refused_by_name(copy, flag, value):
@@ -242,7 +251,8 @@ def test_a_flag_that_would_change_the_result_is_refused_by_name(copy, flag, valu
     assert contents(copy) == before
 
 
-def test_intervals_and_the_place_may_change(copy, tmp_path):
+def test_intervals_and_the_place_may_change(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --device cpu does not ask
     flags = ["--checkpoint-every", 3, "--log-every", 1, "--save-every", 5, "--device", "cpu"]
     train(copy, *flags, "--runs-dir", tmp_path)
     saved = json.loads((copy / "args.json").read_text())
@@ -340,13 +350,15 @@ def test_more_environments_than_files_may_be_open(tmp_path):
 def test_a_full_disk_ends_the_run_in_one_line(copy):
     """A limit on a file's size stands in: the kernel refuses the write in the same place."""
     before = (copy / "checkpoint.pth").read_bytes()
+    seconds = json.loads((copy / "result.json").read_text())["seconds"]
     limits = (len(before) // 2, len(before) // 2)
     process = run("--resume", copy, "--total-timesteps", 1200,
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))  # fmt: skip
     assert f"cannot write {copy / 'checkpoint.pth'}" in one_line(process)
     assert (copy / "checkpoint.pth").read_bytes() == before
     assert not list(copy.glob("*.tmp"))
-    assert train(copy)["timesteps"] == 1200
+    result = train(copy)
+    assert result["timesteps"] == 1200 and result["seconds"] > seconds
 
 
 def test_a_disk_too_full_for_the_curves_ends_the_run_in_one_line(tmp_path):

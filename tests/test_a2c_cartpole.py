@@ -278,8 +278,9 @@ class ScriptedPoles:
 
 
 def learn_with_lengths(monkeypatch, lengths, total_timesteps) -> dict:
-    monkeypatch.setattr(a2c_cartpole, "CartPoles", lambda *args: ScriptedPoles(lengths))
-    return learn_from(num_envs=2, num_steps=5, total_timesteps=total_timesteps)
+    poles = {(2, 7): ScriptedPoles(lengths)}  # by number and seed
+    monkeypatch.setattr(a2c_cartpole, "CartPoles", lambda *args: poles[args])
+    return learn_from(seed=7, num_envs=2, num_steps=5, total_timesteps=total_timesteps)
 
 
 def test_solved_when_the_last_episode_of_every_environment_was_a_success(monkeypatch):

@@ -138,6 +138,14 @@ def test_every_layer_learns(name, tmp_path):
 
 
 @each_script
+def test_another_seed_starts_from_other_weights(name, tmp_path):
+    flags = {"learning_rate": 1e-30} | ({} if name == A2C else {"zero_init": False})
+    _, one, _ = run_once(name, tmp_path / "one", seed=1, **flags)
+    _, two, _ = run_once(name, tmp_path / "two", seed=2, **flags)
+    assert not any(torch.allclose(one[layer], two[layer]) for layer in one)
+
+
+@each_script
 def test_the_average_is_what_is_saved_and_evaluated(name, tmp_path):
     _, start, _ = run_once(name, tmp_path / "still", learning_rate=1e-30)
     values = {"learning_rate": 0.01, "average_decay": 1 - 1e-9, "eval_episodes": 20}
@@ -179,7 +187,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(name, tmp_path, monkeypatch):
 
 
 @each_script
-def test_given_weights_are_evaluated_and_filmed_and_not_trained(name, tmp_path):
+def test_given_weights_are_evaluated_and_filmed_and_not_trained(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --device cpu does not ask
     _, weights, run_dir = run_once(name, tmp_path / "training", average_decay=0)
     given = {"weights": run_dir / "weight_end.pth"}
     result, same, run_dir = run_once(name, tmp_path / "one", eval_episodes=1, **given)

@@ -121,11 +121,13 @@ def test_every_step_is_adam_on_the_huber_loss_and_the_average_follows(monkeypatc
     sample = ReplayMemory.sample
 
     def spied(memory, batch_size, device):
+        assert (memory.capacity, batch_size) == (5000, 16)
         batches.append(sample(memory, batch_size, device))
         return batches[-1]
 
     monkeypatch.setattr(ReplayMemory, "sample", spied)
-    args = Args(num_episodes=5, average_decay=decay, learning_rate=0.01, gamma=0.9)
+    args = Args(num_episodes=5, average_decay=decay, learning_rate=0.01, gamma=0.9,
+                memory_size=5000, batch_size=16)  # fmt: skip
     expected, averaged = copy.deepcopy(network), copy.deepcopy(network)
     average = nn.utils.parameters_to_vector(network.parameters()).detach()
     learn(args, network, averaged, NoWriter())
@@ -135,7 +137,7 @@ def test_every_step_is_adam_on_the_huber_loss_and_the_average_follows(monkeypatc
         with torch.no_grad():
             best = expected(batch.next_states).max(dim=1).values
         targets = batch.rewards[:, 0] + 0.9 * batch.not_done[:, 0] * best
-        values = expected(batch.states)[torch.arange(32), batch.actions[:, 0]]
+        values = expected(batch.states)[torch.arange(16), batch.actions[:, 0]]
         optimizer.zero_grad()
         F.huber_loss(values, targets).backward()
         optimizer.step()

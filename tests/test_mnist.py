@@ -147,6 +147,10 @@ def count_correct(weights: Path, data_dir: Path) -> int:
     network = mnist.Network(100)
     network.load_state_dict(torch.load(weights, weights_only=True))
     test_set = mnist.load_images("t10k", data_dir, "cpu")
+    x = test_set.tensors[0]
+    with torch.no_grad():
+        logits = network.fc3(network.fc2(network.fc1(x).clamp(min=0)).clamp(min=0))
+        assert torch.equal(network(x), logits)
     return mnist.test(network, mnist.make_loader(test_set, 64, shuffle=False))
 
 
@@ -188,8 +192,9 @@ def test_run_learns_and_leaves_everything_in_its_folder(tmp_path, capsys):
     assert accuracies[-1].value == pytest.approx(result["accuracy"])
 
 
-def test_same_seed_same_result_another_seed_another(tmp_path):
+def test_same_seed_same_result_another_seed_another(tmp_path, monkeypatch):
     fill(tmp_path / "data")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # device="cpu" does not ask
     weights = []
     for run, seed in enumerate([5, 5, 6]):
         args = small_args(tmp_path / str(run), seed=seed, data_dir=tmp_path / "data", epochs=1)
@@ -360,11 +365,20 @@ def test_learning_rate_and_seconds_per_epoch(tmp_path, monkeypatch, anneal_lr, e
         rates.append(made[0].param_groups[0]["lr"])
         return test(*args)
 
+    make_loader, loaders = mnist.make_loader, []
+
+    def make_and_note_the_loader(dataset, batch_size, shuffle):
+        loaders.append((len(dataset), batch_size, shuffle))
+        return make_loader(dataset, batch_size, shuffle)
+
+    monkeypatch.setattr(mnist, "make_loader", make_and_note_the_loader)
     monkeypatch.setattr(mnist, "test", test_and_note_the_rate)
     monkeypatch.setattr(mnist, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     result = mnist.train(small_args(tmp_path, batch_size=500, anneal_lr=anneal_lr))
     assert result["seconds_per_epoch"] == 1  # the clock was read before and after each epoch
     assert rates == pytest.approx([0.01, (0.01 + end) / 2, end])
+    assert loaders == [(1500, 500, True), (200, 500, False)]
+    assert type(made[0]) is torch.optim.Adam and len(made[0].param_groups[0]["params"]) == 6
 
 
 def test_pictures_show_the_images_and_the_surest_errors_in_order(tmp_path):
@@ -420,6 +434,8 @@ def test_largest_values_are_accepted(tmp_path):
     fill(tmp_path / "data")
     largest = {"seed": 2**32 - 1, "batch_size": 60_000, "hidden_size": 4096, "image_index": 199}
     mnist.train(small_args(tmp_path, **largest, epochs=1))
+    (path,) = tmp_path.glob("runs/*/weight_end.pth")
+    assert torch.load(path, weights_only=True)["fc2.weight"].shape == (4096, 4096)
 
 
 def test_command_line_shows_one_message_and_fails(tmp_path):

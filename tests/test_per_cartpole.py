@@ -181,10 +181,12 @@ def test_order_of_events(monkeypatch):
 
     class SpiedMemory(ReplayMemory):
         def sample(self, *args):
+            assert (self.capacity, args[0]) == (40, 1)
             events.append("uniform")
             return super().sample(*args)
 
         def sample_by_priority(self, *args):
+            assert args[0] == 1
             events.append("priority")
             return super().sample_by_priority(*args)
 
@@ -199,13 +201,14 @@ def test_order_of_events(monkeypatch):
             return super().load_state_dict(*args)
 
     def spied_errors(main, target, *rest):
-        assert main is network and target is not network
+        assert main is network and target is not network and rest[-1] == 0.8
         return td_errors(main, target, *rest)
 
     monkeypatch.setattr(per_cartpole, "td_errors", spied_errors)
     monkeypatch.setattr(per_cartpole, "ReplayMemory", SpiedMemory)
     monkeypatch.setattr(per_cartpole, "QNetwork", SpiedNetwork)
-    args = Args(num_episodes=4, uniform_episodes=2, batch_size=1, alpha=0.7, beta=0.3)
+    args = Args(num_episodes=4, uniform_episodes=2, batch_size=1, alpha=0.7, beta=0.3,
+                memory_size=40, gamma=0.8)  # fmt: skip
     network = SpiedNetwork(32, True)
     learn(args, network, SpiedNetwork(32, True), NoWriter())
     summary = [e for i, e in enumerate(events) if i == 0 or e != events[i - 1]]

@@ -171,6 +171,12 @@ def test_a_game_in_which_nothing_happens_ends(short_games, whole):
         assert set(game.actions) == {NOOP}
 
 
+def test_another_game_is_played(short_games):
+    args = Args(env_id="PongNoFrameskip-v4", max_attempts=1)
+    (game,), _ = play_breakout.play_policy(args, Always(*[0.0] * 6), CPU)
+    assert game.env.spec.id == "PongNoFrameskip-v4" and set(game.actions) == set(range(6))
+
+
 @pytest.mark.parametrize(("game", "frames"), [("Breakout", 65_536), ("Pong", 108_000)])
 def test_no_game_goes_on_behind_its_frame_limit(game, frames):
     """From frame 65,536 on, Breakout's cartridge serves no ball any more."""
@@ -229,6 +235,7 @@ def scripted(monkeypatch, weights, tmp_path):
                 pass
 
         def act(network, games, greedy, device):
+            play.greedy = greedy
             play.side_by_side = max(len(games), getattr(play, "side_by_side", 0))
             end = next(ends)
             if end is None:
@@ -259,6 +266,7 @@ def test_attempts_go_on_until_one_is_over_the_target(scripted, capsys):
     result = scripted([(50, 3), (51, 5), (52, 9), (53, 7)], target_score=5, max_attempts=9)
     assert result["scores"] == [3, 5, 9]
     assert scripted.started == [50, 51, 52] and scripted.side_by_side == 1
+    assert not scripted.greedy
     assert scripted.filmed == 52
     out = capsys.readouterr().out
     assert "attempt 2: 5\nattempt 3: 9\n" in out
@@ -283,7 +291,7 @@ def test_when_the_target_is_missed_the_best_is_filmed_all_the_same(scripted, cap
 
 def test_greedy_attempts_are_all_alike_so_one_is_played(scripted):
     scripted([(50, 3)], greedy=True)
-    assert scripted.started == [50]
+    assert scripted.started == [50] and scripted.greedy
 
 
 def test_full_games_count_in_the_order_of_their_seeds(scripted, capsys):
@@ -300,6 +308,8 @@ def test_ctrl_c_keeps_the_games_before_the_first_that_was_not_over(scripted, tmp
         scripted([(51, 4), (53, 1), (50, 8), None], full_games=5)
     (run_dir,) = tmp_path.iterdir()
     assert read_result(run_dir)["scores"] == [8, 4]
+    with pytest.raises(KeyboardInterrupt):
+        scripted([(51, 4), None], full_games=2)  # nothing that counts
 
 
 # ---- filming -----------------------------------------------------------------------------------
@@ -337,7 +347,7 @@ def test_film_shows_every_decision_of_the_best_attempt(weights, tmp_path, short_
         assert np.abs(frame - large).mean() < 1.2  # H.264 loses a little
 
     with Image.open(run_dir / "film.gif") as gif:
-        assert gif.size == (160, 210)
+        assert gif.size == (160, 210) and gif.info["loop"] == 0  # it plays for ever
         shown = []
         for index in range(gif.n_frames):
             gif.seek(index)
@@ -416,9 +426,10 @@ def test_parameters_have_the_names_and_shapes_of_the_book():
     }
 
 
-def test_the_pretrained_policy_is_the_default(tmp_path, short_games):
+def test_the_pretrained_policy_is_the_default(tmp_path, short_games, monkeypatch):
     assert play_breakout.PRETRAINED == SCRIPT.parent / "pretrained" / "a2c_breakout.pth"
-    play_breakout.play(Args(runs_dir=tmp_path, max_attempts=1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --device cpu does not ask
+    play_breakout.play(Args(runs_dir=tmp_path, max_attempts=1, device="cpu"))
     (run_dir,) = tmp_path.iterdir()
     assert json.loads((run_dir / "args.json").read_text())["weights"] == str(Args().weights)
 
@@ -576,6 +587,8 @@ def test_copied_alone_it_plays_at_random_and_asks_for_a_policy(tmp_path):
     decisions, *_, score = lines[5].split()
     assert read_result(run_dir)["scores"] == [float(score)]
 
+    files = {"args.json", "result.json", "first_screen.png", "film.mp4"}  # and no GIF
+    assert {path.name for path in run_dir.iterdir()} == files
     first_screen = imageio.imread(run_dir / "first_screen.png")
     assert first_screen.shape == (210, 160, 3)
     assert len(np.unique(first_screen.reshape(-1, 3), axis=0)) > 6  # rows of bricks
@@ -591,6 +604,15 @@ def test_random_play_stops_after_1000_decisions(tmp_path, monkeypatch, capsys):
     play_breakout.play(Args(random=True, env_id="FreewayNoFrameskip-v4", runs_dir=tmp_path))
     assert len(filmed) == 1000
     assert "1000 random decisions scored 0" in capsys.readouterr().out
+
+
+def test_random_play_of_one_seed_is_the_same_and_loses(tmp_path, monkeypatch):
+    films = []
+    monkeypatch.setattr(play_breakout, "film", lambda screens, *_: films.append(np.stack(screens)))
+    for seed in (1, 1, 2):
+        args = Args(random=True, env_id="PongNoFrameskip-v4", seed=seed, runs_dir=tmp_path)
+        assert -21 <= play_breakout.play(args)["max"] < -10
+    assert np.array_equal(films[0], films[1]) and not np.array_equal(films[0], films[2])
 
 
 def test_bad_weights_give_one_line(tmp_path):

@@ -14,7 +14,7 @@
 """Plays Atari Breakout with a policy that a2c_breakout.py has learnt, scores it, and films it.
 
     python play_breakout.py                     # life after life, until one scores over 400
-    python play_breakout.py --max-attempts 5    # the best of five lives: a film in a minute
+    python play_breakout.py --max-attempts 5    # five lives at most: a film in a minute
     python play_breakout.py --weights runs/a2c_breakout__1__.../weight_end.pth --gif
     python play_breakout.py --full-games 100    # whole games: the score that others publish
     python play_breakout.py --random            # needs no policy: a first look at the game

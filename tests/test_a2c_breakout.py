@@ -475,14 +475,11 @@ def test_the_same_seed_and_precision_give_the_same_weights(tmp_path, finished):
     assert not same(one, two)
 
 
-def test_on_a_gpu_the_workers_get_every_update(tmp_path, monkeypatch):
+def test_on_a_gpu_the_workers_get_every_update(tmp_path, pretend_a_gpu):
     """By the same lines; but what asks for CUDA here gets the CPU, which every machine has."""
     weights = train(tmp_path / "cpu", average_decay=0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     cpu = torch.device("cpu")
-    elsewhere = SimpleNamespace(**vars(torch) | {"device": lambda _: cpu})
-    monkeypatch.setattr(a2c, "torch", elsewhere)
+    pretend_a_gpu(a2c, device=lambda _: cpu)
     assert same(weights, train(tmp_path / "gpu", average_decay=0))
 
 

@@ -251,8 +251,8 @@ def test_a_flag_that_would_change_the_result_is_refused_by_name(copy, flag, valu
     assert contents(copy) == before
 
 
-def test_intervals_and_the_place_may_change(copy, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --device cpu does not ask
+def test_intervals_and_the_place_may_change(copy, tmp_path, pretend_a_gpu):
+    pretend_a_gpu(a2c)  # --device cpu does not ask
     flags = ["--checkpoint-every", 3, "--log-every", 1, "--save-every", 5, "--device", "cpu"]
     train(copy, *flags, "--runs-dir", tmp_path)
     saved = json.loads((copy / "args.json").read_text())

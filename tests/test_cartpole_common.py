@@ -187,8 +187,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(name, tmp_path, monkeypatch):
 
 
 @each_script
-def test_given_weights_are_evaluated_and_filmed_and_not_trained(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --device cpu does not ask
+def test_given_weights_are_evaluated_and_filmed_and_not_trained(name, tmp_path, pretend_a_gpu):
+    pretend_a_gpu(importlib.import_module(name))  # --device cpu does not ask
     _, weights, run_dir = run_once(name, tmp_path / "training", average_decay=0)
     given = {"weights": run_dir / "weight_end.pth"}
     result, same, run_dir = run_once(name, tmp_path / "one", eval_episodes=1, **given)

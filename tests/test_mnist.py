@@ -192,9 +192,9 @@ def test_run_learns_and_leaves_everything_in_its_folder(tmp_path, capsys):
     assert accuracies[-1].value == pytest.approx(result["accuracy"])
 
 
-def test_same_seed_same_result_another_seed_another(tmp_path, monkeypatch):
+def test_same_seed_same_result_another_seed_another(tmp_path, pretend_a_gpu):
     fill(tmp_path / "data")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # device="cpu" does not ask
+    pretend_a_gpu(mnist)  # device="cpu" does not ask
     weights = []
     for run, seed in enumerate([5, 5, 6]):
         args = small_args(tmp_path / str(run), seed=seed, data_dir=tmp_path / "data", epochs=1)

@@ -426,9 +426,9 @@ def test_parameters_have_the_names_and_shapes_of_the_book():
     }
 
 
-def test_the_pretrained_policy_is_the_default(tmp_path, short_games, monkeypatch):
+def test_the_pretrained_policy_is_the_default(tmp_path, short_games, pretend_a_gpu):
     assert play_breakout.PRETRAINED == SCRIPT.parent / "pretrained" / "a2c_breakout.pth"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --device cpu does not ask
+    pretend_a_gpu(play_breakout)  # --device cpu does not ask
     play_breakout.play(Args(runs_dir=tmp_path, max_attempts=1, device="cpu"))
     (run_dir,) = tmp_path.iterdir()
     assert json.loads((run_dir / "args.json").read_text())["weights"] == str(Args().weights)

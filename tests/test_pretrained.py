@@ -13,7 +13,7 @@ TEXT = play_breakout.PRETRAINED.with_suffix(".md").read_text(encoding="utf-8")
 def test_one_of_three_whole_games_reaches_380(tmp_path):
     """The published mean is 454.0, and 92 of its 100 games reach 380.
 
-    Three of those hundred; not the first ones, as the second takes long: its ball flies in a loop.
+    Three of those hundred; not the first ones, as the second of these takes very long.
     """
     args = play_breakout.Args(full_games=3, seed=10_006, runs_dir=tmp_path)
     result = play_breakout.play(args)

@@ -1,11 +1,11 @@
 """Draws how runs of a2c_breakout.py learnt: scores and lengths of their whole games.
 
-    python benchmarks/breakout_curve.py runs/seed1 runs/seed2 runs/seed3 --name breakout_curves
+    python benchmarks/breakout_curve.py runs/seed1 runs/seed2 runs/seed3 --name breakout_3m6
     python benchmarks/breakout_curve.py runs/a runs/b --labels default higher --name breakout_trials
 
 Reads the TensorBoard files in the runs' folders and writes, in benchmarks/results/,
-breakout_curves.csv, a row for each game in training (the run's seed or label; timestep: when the
-game ended; length: in decisions), and breakout_curves.png: above the scores, below the lengths, the
+breakout_3m6.csv, a row for each game in training (the run's seed or label; timestep: when the
+game ended; length: in decisions), and breakout_3m6.png: above the scores, below the lengths, the
 dots single games, the lines running means of 100. Prints when the running mean first reached 100,
 200, 300 and 400, and how much of the last million timesteps went into games of over 3000 decisions,
 and into those among them that cleared the first wall (432 points).

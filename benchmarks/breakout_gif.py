@@ -1,9 +1,9 @@
 """Cuts a moving picture for the README out of a film that play_breakout.py made.
 
     python play_breakout.py --runs-dir runs/film
-    python benchmarks/breakout_gif.py runs/film/play_breakout__.../film.mp4 1230 1530
+    python benchmarks/breakout_gif.py runs/film/play_breakout__.../film.mp4 670 970
 
-Writes the film's frames 1230 to 1530 (15 of them are a second) to benchmarks/results/breakout.gif.
+Writes the film's frames 670 to 970 (15 of them are a second) to benchmarks/results/breakout.gif.
 """
 
 import argparse

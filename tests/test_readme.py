@@ -22,7 +22,7 @@ PAGES = ENGLISH + JAPANESE
 OTHERS = ["CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results/README.md"]
 OTHERS += ["pretrained/a2c_breakout.md"]
 TOOLS = {"--index-url", "--logdir", "--max-restarts", "--nproc-per-node", "--shm-size"}
-WORDS = {"ten": "10", "tenth": "10", "fourteenth": "14", "fifteenth": "15", "sixteen": "16"}
+WORDS = {"ten": "10", "tenth": "10", "fifth": "5", "fifteenth": "15", "sixteen": "16"}
 WORDS |= {"fiftieth": "50", "million": "1000000"}
 PACKAGES = {  # import name: requirement, where they differ
     "cv2": "opencv-python",

@@ -172,7 +172,7 @@ def test_run_learns_and_leaves_everything_in_its_folder(tmp_path, capsys):
     assert json.loads((run_dir / "result.json").read_text()) == result
     keys = {"seed", "seconds", "versions", "accuracy_before", "accuracy", "seconds_per_epoch"}
     assert set(result) == keys
-    assert result["seed"] == 3 and result["versions"]["torch"] == torch.__version__
+    assert result["seed"] == 3 and set(result["versions"]) == {"python", "torch", "numpy", "cv2"}
 
     printed = capsys.readouterr().out
     assert "Linear(in_features=784, out_features=100" in printed

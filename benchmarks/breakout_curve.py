@@ -8,7 +8,8 @@ breakout_3m6.csv, a row for each game in training (the run's seed or label; time
 game ended; length: in decisions), and breakout_3m6.png: above the scores, below the lengths, the
 dots single games, the lines running means of 100. Prints when the running mean first reached 100,
 200, 300 and 400, and how much of the last million timesteps went into games of over 3000 decisions,
-and into those among them that cleared the first wall (432 points).
+and into those among them that cleared the first wall (432 points). In place of runs whose folders
+are gone you can name the .csv that was made of them: they are drawn and kept, but not reported.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def report(label: str, last: int, games: np.ndarray, events: EventAccumulator) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their .csv")
     parser.add_argument("--labels", nargs="+", help="of the runs, in place of their seeds")
     parser.add_argument("--name", required=True, help="of the two files to write")
     parser.add_argument("--title", default="A2C on Breakout: whole games during training")
@@ -67,22 +68,32 @@ def main() -> None:
     if args.labels and len(args.labels) != len(args.runs):
         parser.error("--labels: one for each run")
 
-    rows = []
-    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(9, 7), dpi=110)
+    column = "run" if args.labels else "seed"
+    curves = []  # of each run its seed or label and its games (n, 3): timestep, score, length
     for number, run in enumerate(args.runs):
+        if run.suffix == ".csv":
+            with open(run, newline="") as file:
+                (column, *_), *rows = csv.reader(file)
+            for key in dict.fromkeys(row[0] for row in rows):
+                games = np.array([row[1:] for row in rows if row[0] == key], dtype=float)
+                curves.append((key, games))
+            continue
         result = json.loads((run / "result.json").read_text())
-        seed = result["seed"]
+        key = args.labels[number] if args.labels else str(result["seed"])
         events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
         tags = ("charts/episodic_return", "charts/episodic_length")
         scores, lengths = (events.Scalars(tag) for tag in tags)
         pairs = zip(scores, lengths, strict=True)
         games = np.array([(game.step, game.value, length.value) for game, length in pairs])
-        label = args.labels[number] if args.labels else f"seed {seed}"
-        rows += [(label if args.labels else seed, *map(int, game)) for game in games]
-        report(label, result["timesteps"], games, events)
+        curves.append((key, games))
+        report(key if column == "run" else f"seed {key}", result["timesteps"], games, events)
+
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(9, 7), dpi=110)
+    for number, (key, games) in enumerate(curves):
         for axes, values in ((above, games[:, 1]), (below, games[:, 2])):
             mean, millions = running_mean(values), games[:, 0] / 1e6
             axes.plot(millions, values, ".", markersize=2, alpha=0.15, color=f"C{number}")
+            label = key if column == "run" else f"seed {key}"
             axes.plot(millions[-len(mean):], mean, color=f"C{number}", label=label)
 
     above.set(title=args.title, ylabel="score (points)", xlim=(0, None), ylim=(0, None))
@@ -97,7 +108,8 @@ def main() -> None:
     figure.tight_layout()
     figure.savefig(RESULTS / f"{args.name}.png")
     with open(RESULTS / f"{args.name}.csv", "w", newline="") as file:
-        header = ("run" if args.labels else "seed", "timestep", "score", "length")
+        rows = [(key, *map(int, game)) for key, games in curves for game in games]
+        header = (column, "timestep", "score", "length")
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 

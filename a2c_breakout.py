@@ -35,7 +35,7 @@ is an episode; the curves show whole games of five lives, in the game's own poin
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018), whose recipe is
 --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0.
 Here rewards are cut to their sign, the value loss weighs half as much, the learning rate falls to
-0, a game ends after 500 decisions without a reward, and the weights saved for play are a moving
+0, a game ends after 400 decisions without a reward, and the weights saved for play are a moving
 average. A process for each core plays several environments with one network in shared memory,
 where the book has a process for each environment; screens are turned gray before, not after, the
 maximum of two is taken. docs/breakout.md has the reasons and the numbers.
@@ -88,7 +88,7 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
     seed: int = 1  # seed of the network and of the environments, from 0 to 2**31 - 1
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    bf16: bool = False  # all layers but the last in bfloat16: faster where the processor has it
+    bf16: bool = False  # all layers but the last in bfloat16: faster on a few processors
     num_envs: int = 16  # environments side by side, on all ranks together, 1 or more
     num_steps: int = 5  # steps between two updates, the length of the return, 1 or more
     total_timesteps: int = 10_000_000  # decisions in all environments, num_envs * num_steps or more
@@ -98,7 +98,7 @@ class Args:
     rmsprop_eps: float = 1e-5  # term in RMSprop's denominator, above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
-    max_idle_steps: int = 500  # end a game after so many decisions without reward; 0: never
+    max_idle_steps: int = 400  # end a game after so many decisions without reward; 0: never
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
     entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0

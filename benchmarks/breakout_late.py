@@ -1,6 +1,6 @@
 """Makes the folder of a run that goes on from the middle of another one, with another cut.
 
-    python benchmarks/breakout_late.py runs/10m_seed1 100000 runs/late_400 --max-idle-steps 400
+    python benchmarks/breakout_late.py runs/idle500_seed1 100000 runs/late_400 --max-idle-steps 400
     python a2c_breakout.py --resume runs/late_400
 
 What the last part of a run does differently is seen without its first part being made again: the

@@ -1,6 +1,6 @@
 """Shows side by side what a run of a2c_breakout.py played after so many timesteps.
 
-    python benchmarks/breakout_strip.py runs/3m6_seed1 0 1000000 3600000
+    python benchmarks/breakout_strip.py runs/seed1 0 1000000 3600000
 
 Each policy, a weight_*.pth of the run's folder, plays whole games from the same seed on; when a
 game is over the next begins. Written to benchmarks/results/breakout_strip.gif: every third

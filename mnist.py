@@ -55,7 +55,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -74,15 +74,12 @@ def load_images(part: str, data_dir: Path, device: str) -> TensorDataset:
 # ---- step 2: make the loaders ----------------------------------------------------
 
 
-def make_loader(dataset: TensorDataset, batch_size: int, shuffle: bool) -> DataLoader:
-    """Batches of images (batch, 784) and labels (batch,), in order or shuffled anew each epoch.
-
-    DataLoader(dataset, batch_size=64, shuffle=True) would fetch 64 images one by one and stack
-    them. Here the dataset gets 64 indices at once and returns a whole batch: batch_size=None.
-    """
-    order = RandomSampler(dataset) if shuffle else range(len(dataset))
-    batches = BatchSampler(order, batch_size, drop_last=False)  # the last batch may be smaller
-    return DataLoader(dataset, sampler=batches, batch_size=None)
+def make_loaders(
+    train_set: TensorDataset, test_set: TensorDataset, batch_size: int
+) -> tuple[DataLoader, DataLoader]:
+    """Batches of images (batch, 784) and labels (batch,); the last one may be smaller."""
+    train_loader = DataLoader(train_set, batch_size, shuffle=True)  # in a new order each epoch
+    return train_loader, DataLoader(test_set, batch_size)
 
 
 # ---- step 3: build the network ---------------------------------------------------
@@ -177,8 +174,7 @@ class Args:
 
 def learn(args: Args, network: nn.Module, train_set, test_set, writer: SummaryWriter) -> dict:
     """Trains and tests, epoch by epoch; returns its part of result.json."""
-    train_loader = make_loader(train_set, args.batch_size, shuffle=True)
-    test_loader = make_loader(test_set, args.batch_size, shuffle=False)
+    train_loader, test_loader = make_loaders(train_set, test_set, args.batch_size)
     optimizer = make_optimizer(network, args.learning_rate)
     scheduler = torch.optim.lr_scheduler.LinearLR(
         optimizer, 1.0, 0.0 if args.anneal_lr else 1.0, total_iters=args.epochs * len(train_loader)

@@ -72,7 +72,7 @@ class Args:
     weights: Path | None = None  # file of an earlier run to evaluate and film, without training
     num_envs: int = 32  # environments that are played side by side, 1 or more
     num_steps: int = 5  # steps in each environment between two updates, 1 or more
-    total_timesteps: int = 5_120_000  # steps in all environments together at most, 1 or more
+    total_timesteps: int = 5_120_000  # steps of all environments at most; one update or more
     eval_episodes: int = 100  # greedy episodes in the evaluation, 1 or more
     hidden_size: int = 32  # units in each of the two hidden layers, from 1 to 4096
     learning_rate: float = 0.01  # step size of Adam, above 0
@@ -87,7 +87,10 @@ class Args:
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (min(self.num_envs, self.num_steps) >= 1, "--num-envs, --num-steps must be 1 or more"),
             (self.num_envs * self.num_steps <= 10**7, "--num-envs * --num-steps: 10**7 at most"),
-            (self.total_timesteps >= 1, "--total-timesteps must be 1 or more"),
+            (
+                self.num_envs * self.num_steps <= self.total_timesteps,
+                "--total-timesteps must be --num-envs * --num-steps or more",
+            ),
             (self.eval_episodes >= 1, "--eval-episodes must be 1 or more"),
             (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
             (0 < self.learning_rate < np.inf, "--learning-rate must be above 0 and finite"),
@@ -241,7 +244,11 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     timesteps, update, start = 0, 0, time.perf_counter()
     bar = tqdm(total=args.total_timesteps, unit="timestep")
 
-    while timesteps < args.total_timesteps and envs.last_lengths.min() < SUCCESS_STEPS:
+    rollout_steps = args.num_envs * args.num_steps
+    while (
+        timesteps + rollout_steps <= args.total_timesteps
+        and envs.last_lengths.min() < SUCCESS_STEPS
+    ):
         # 1. rollout: T steps in each of N environments, into the storage
         ended = []  # episodes of environment 0: (timestep, length)
         for t in range(args.num_steps):

@@ -206,7 +206,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
     were played, for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng([args.seed, 1])  # the seed alone is the environment's stream
     memory = ReplayMemory(args.memory_size, rng)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
     env = make_env()

@@ -211,8 +211,8 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
     were played, for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # copied to below
-    rng = np.random.default_rng(args.seed)
+    target_network = copy.deepcopy(network)
+    rng = np.random.default_rng([args.seed, 1])  # the seed alone is the environment's stream
     memory = ReplayMemory(args.memory_size, rng)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
     env = make_env()

@@ -185,7 +185,6 @@ class ReplayMemory:
         self.next_states = np.zeros((capacity, 4), np.float32)
         self.not_done = np.zeros((capacity, 1), np.float32)
         self.priorities = np.zeros(capacity, np.float64)  # a float32 sum can lose the small ones
-        self.cumulative = np.zeros(capacity, np.float64)  # sum of the priorities up to each row
         self.alpha, self.beta = alpha, beta
         self.capacity, self.pushes, self.rng = capacity, 0, rng
 
@@ -200,9 +199,7 @@ class ReplayMemory:
         self.rewards[row] = reward
         self.next_states[row] = next_state
         self.not_done[row] = not done
-        priority = PRIORITY_EPSILON**self.alpha  # TD error 0 until recomputed
-        self.cumulative[row:] += priority - self.priorities[row]
-        self.priorities[row] = priority
+        self.priorities[row] = PRIORITY_EPSILON**self.alpha  # TD error 0 until recomputed
         self.pushes += 1
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:
@@ -211,9 +208,10 @@ class ReplayMemory:
 
     def sample_by_priority(self, batch_size: int, device: torch.device) -> Batch:
         """Draws transitions in proportion to their priorities, with replacement."""
-        total = self.cumulative[-1]
+        cumulative = self.priorities[: len(self)].cumsum()  # sum of the priorities up to each row
+        total = cumulative[-1]
         points = total * self.rng.random(batch_size)  # (batch,)
-        rows = self.cumulative.searchsorted(points, side="right")
+        rows = cumulative.searchsorted(points, side="right")
         rows = np.minimum(rows, len(self) - 1)  # a point may be rounded up to the sum itself
         probabilities = self.priorities[rows] / total
         importance = (len(self) * probabilities) ** -self.beta  # (batch,)
@@ -223,7 +221,6 @@ class ReplayMemory:
     def set_priorities(self, errors: np.ndarray) -> None:
         """Gives every stored transition the priority (|TD error| + 0.0001) ** alpha."""
         self.priorities[: len(self)] = (np.abs(errors) + PRIORITY_EPSILON) ** self.alpha
-        self.cumulative = np.cumsum(self.priorities)
 
     def take(self, rows: np.ndarray, device: torch.device) -> Batch:
         """The transitions in these rows, as tensors."""
@@ -259,8 +256,8 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
     were played, for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    target_network = QNetwork(args.hidden_size, args.zero_init).to(device)  # copied to below
-    rng = np.random.default_rng(args.seed)
+    target_network = copy.deepcopy(network)
+    rng = np.random.default_rng([args.seed, 1])  # the seed alone is the environment's stream
     memory = ReplayMemory(args.memory_size, rng, args.alpha, args.beta)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
     env = make_env()

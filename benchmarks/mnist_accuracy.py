@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import mnist  # noqa: E402 (it is found only now)
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     options.results.mkdir(parents=True, exist_ok=True)
 
     rows = []

@@ -12,26 +12,42 @@
 # ///
 """Advantage actor-critic (A2C) on CartPole: a policy learns from a critic, 32 poles at a time.
 
-One network gives two answers: V(s), the discounted return to expect from state s (the critic), and
-pi(a|s), the probability of each action (the actor). It learns both together. Five steps in 32
-environments make one update and are then forgotten:
+In each step an agent observes a state s (where cart and pole are, and how fast), takes an action a
+(push left or right), and gets a reward r. The return is the sum of all the rewards to come, each
+multiplied by gamma = 0.99 for every step until then. One network gives two answers: pi(a|s), the
+probability with which each action is taken, called the policy (the actor), and V(s), the return to
+expect from state s (the critic). Five steps in 32 environments make one update of both, and are
+then forgotten:
 
     R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended an episode; R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
-In the first term A_t is a constant: no gradient flows through it. The entropy, large where all
-actions are alike, keeps the policy from settling too soon. This is algorithm S3 of Mnih et al.,
-"Asynchronous Methods for Deep Reinforcement Learning", ICML 2016, made synchronous;
-a2c_breakout.py has the same loop for Atari games.
+R_t is an n-step return: five rewards and then V for the first of the five steps, one reward and V
+for the last. To let V stand for what was not played is called bootstrapping, and makes R_t, like
+A_t, an estimate.
+
+The first term is the policy gradient: an action that went better than expected gets more likely,
+one that went worse less. A_t is a constant in it: no gradient flows through it. V is the baseline:
+with R_t alone, any action in a good state would be praised. The second term moves V towards R_t.
+The third is the entropy, highest where all actions are equally likely. It keeps the policy from
+settling too soon, as only actions that are tried (exploration) show what they bring.
+
+There is no replay memory: A_t says how good an action is for the policy that took it and goes on,
+and an older policy's steps would teach the wrong thing. A2C is on-policy. Instead, 32 environments
+at different points of their episodes keep a batch from being 160 steps that resemble each other.
+
+This is algorithm S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML
+2016, made synchronous; a2c_breakout.py has the same loop for Atari games.
 
     python a2c_cartpole.py                                      # train, evaluate, film
     python a2c_cartpole.py --seed 7 --num-envs 16 --num-steps 10
     python a2c_cartpole.py --weights runs/.../weight_end.pth    # evaluate and film only
 
-The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode has 200 steps
-at most; the reward is 0 on the way, and at the end +1 for 196 steps or more (a success), -1 for
-fewer. Training ends once each environment's last episode was a success, or after 5,120,000 steps.
+The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode ends when
+the pole leans too far, the cart leaves the track or 200 steps are over. The reward is 0 on the way,
+and at the end +1 for 196 steps or more (a success), -1 for fewer. Training ends once each
+environment's last episode was a success, or after 5,120,000 steps.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
@@ -40,11 +56,14 @@ Differs from the book (a flag, where given, brings the book's way back):
 """
 
 import copy
+import io
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,7 +91,7 @@ class Args:
     weights: Path | None = None  # file of an earlier run to evaluate and film, without training
     num_envs: int = 32  # environments that are played side by side, 1 or more
     num_steps: int = 5  # steps in each environment between two updates, 1 or more
-    total_timesteps: int = 5_120_000  # steps of all environments at most; one update or more
+    total_timesteps: int = 5_120_000  # steps of all environments at most, of one update at least
     eval_episodes: int = 100  # greedy episodes in the evaluation, 1 or more
     hidden_size: int = 32  # units in each of the two hidden layers, from 1 to 4096
     learning_rate: float = 0.01  # step size of Adam, above 0
@@ -83,14 +102,15 @@ class Args:
     average_decay: float = 0.975  # share the average keeps per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        if self.weights is not None:
+            self.weights = Path(os.path.expanduser(self.weights))
+        rollout = self.num_envs * self.num_steps  # timesteps of an update
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (min(self.num_envs, self.num_steps) >= 1, "--num-envs, --num-steps must be 1 or more"),
-            (self.num_envs * self.num_steps <= 10**7, "--num-envs * --num-steps: 10**7 at most"),
-            (
-                self.num_envs * self.num_steps <= self.total_timesteps,
-                "--total-timesteps must be --num-envs * --num-steps or more",
-            ),
+            (rollout <= 10**7, "--num-envs * --num-steps: 10**7 at most"),
+            (rollout <= self.total_timesteps, "--total-timesteps: num_envs * num_steps or more"),
             (self.eval_episodes >= 1, "--eval-episodes must be 1 or more"),
             (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
             (0 < self.learning_rate < np.inf, "--learning-rate must be above 0 and finite"),
@@ -118,7 +138,11 @@ def make_env(render_mode: str | None = None) -> gym.Env:
 
 
 def book_rewards(steps: Tensor, dones: Tensor) -> Tensor:
-    """0 on the way; at the end +1 for a success, -1 for a shorter episode. All are (N,)."""
+    """0 on the way; at the end +1 for a success, -1 for a shorter episode. All are (N,).
+
+    The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: V
+    can only learn the mean. In theory (a Markov decision process) a state holds all that matters.
+    """
     return torch.where(dones, torch.where(steps >= SUCCESS_STEPS, 1.0, -1.0), 0.0)
 
 
@@ -153,7 +177,7 @@ class CartPoles:
 
 
 class ActorCritic(nn.Module):
-    """One body with two heads: the critic's values and the actor's logits."""
+    """One body with two heads: the critic's values and the actor's logits (softmax: pi)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -224,15 +248,16 @@ def compute_losses(
     advantages = returns - values  # (B,)
     value_loss = advantages.pow(2).mean()
     action_log_probs = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B,)
-    policy_loss = -(advantages.detach() * action_log_probs).mean()
+    policy_loss = -(advantages.detach() * action_log_probs).mean()  # detach: a constant
     return value_loss, policy_loss, entropy
 
 
 def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: SummaryWriter) -> dict:
-    """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
+    """Trains the network until the task is solved, which is judged on its own, exploring episodes.
 
-    Returns, for result.json, environment 0's last episode if solved (from 0), the number of its
-    episodes, and the steps of all environments. Raises ValueError when a gradient is not finite.
+    `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns,
+    for result.json, environment 0's last episode if solved (from 0), the number of its episodes,
+    and the steps of all environments. Raises ValueError when a gradient is not finite.
     """
     device = network.fc1.weight.device
     envs = CartPoles(args.num_envs, args.seed)
@@ -242,13 +267,10 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
     episode = -1  # of environment 0: none has ended yet
     timesteps, update, start = 0, 0, time.perf_counter()
+    limit = args.total_timesteps - args.num_envs * args.num_steps  # after it no rollout fits in
     bar = tqdm(total=args.total_timesteps, unit="timestep")
 
-    rollout_steps = args.num_envs * args.num_steps
-    while (
-        timesteps + rollout_steps <= args.total_timesteps
-        and envs.last_lengths.min() < SUCCESS_STEPS
-    ):
+    while timesteps <= limit and envs.last_lengths.min() < SUCCESS_STEPS:
         # 1. rollout: T steps in each of N environments, into the storage
         ended = []  # episodes of environment 0: (timestep, length)
         for t in range(args.num_steps):
@@ -262,7 +284,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
         if not storage.decided.any():
             continue  # nothing but resets, which few steps of few environments can be
 
-        # 2. returns: (T, N)
+        # 2. returns: what came of each action, (T, N)
         with torch.no_grad():
             last_values, _ = network(envs.observations.to(device))  # (N,)
         returns = compute_returns(storage.rewards, storage.masks, last_values.cpu(), args.gamma)
@@ -276,16 +298,18 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
         )
         loss = policy_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
 
-        # 4. update
+        # 4. update: the gradient is clipped, so that no batch, however odd, pulls too hard
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         if not grad_norm.isfinite():
             raise ValueError(f"update {update}: gradient not finite, lower --learning-rate")
         optimizer.step()
-        with torch.no_grad():  # single updates can tip the policy, their average does not
+        # Single updates can tip the policy, their moving average (Polyak averaging) does not. It
+        # is not a target network, as ddqn_cartpole.py has: no target is computed with it.
+        with torch.no_grad():
             for mean, weight in zip(averaged.parameters(), parameters):
-                mean.lerp_(weight, 1 - args.average_decay)
+                mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way
         update += 1
 
         # 5. log
@@ -294,6 +318,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
             episode += 1
             lengths.append(length)
             tqdm.write(f"episode {episode}: {length} steps, mean of 10 {np.mean(lengths):.1f}")
+            writer.add_scalar("charts/episode", episode, timestep)
             writer.add_scalar("charts/episodic_length", length, timestep)
         if update % 20 == 0:  # the curves need no more
             writer.add_scalar("charts/SPS", timesteps / (time.perf_counter() - start), timesteps)
@@ -310,42 +335,88 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 # ---- evaluation and the run --------------------------------------------------------------------
 
 
-def evaluate(network: ActorCritic, args: Args, film: Path) -> dict[str, float]:
-    """Mean and standard deviation of the steps of greedy episodes; the first one is filmed."""
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
-    env = make_env(render_mode="rgb_array")
+def play(network: ActorCritic, env: gym.Env) -> Iterator[None]:
+    """Plays a greedy episode, and pauses after each step."""
+    observation, _ = env.reset()
+    done = False
+    while not done:
+        action = network.greedy_action(observation)
+        observation, _, terminated, truncated, _ = env.step(action)
+        done = terminated or truncated
+        yield
+
+
+def evaluate(network: ActorCritic, args: Args) -> dict[str, float]:
+    """Mean and standard deviation of the steps of greedy episodes."""
+    env = make_env()
     env.reset(seed=2**32 + args.seed)  # no seed of training: those are below 2**32
-    lengths = []
-    with imageio.get_writer(film, fps=env.metadata["render_fps"], macro_block_size=2) as video:
-        for episode in range(args.eval_episodes):
-            observation, _ = env.reset()
-            steps, done = 0, False
-            while not done:
-                action = network.greedy_action(observation)
-                observation, _, terminated, truncated, _ = env.step(action)
-                steps, done = steps + 1, terminated or truncated
-                if episode == 0:
-                    video.append_data(env.render())
-            lengths.append(steps)
+    lengths = [sum(1 for _ in play(network, env)) for _ in range(args.eval_episodes)]
     return {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
 
 
+def film(network: ActorCritic, args: Args, run_dir: Path) -> None:
+    """Plays the evaluation's first episode again for film.mp4; OSError whatever goes wrong."""
+    part = run_dir / "part.mp4"
+    try:
+        import pygame  # here, so that without it only the film is missing
+
+        with make_env(render_mode="rgb_array") as env:
+            env.reset(seed=2**32 + args.seed)
+            env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
+            fps = env.metadata["render_fps"]
+            with imageio.get_writer(part, fps=fps, macro_block_size=2) as video:
+                for _ in play(network, env):
+                    video.append_data(env.render())
+        imageio.get_reader(part).close()  # ffmpeg does not say if it failed
+        part.replace(run_dir / "film.mp4")
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        failure = f"no film: pygame, imageio or ffmpeg failed ({reason})"
+        raise OSError(f"{failure}; everything else is in {run_dir}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_weights(network: ActorCritic, path: Path) -> None:
+    """Loads a file's weights into the network; ValueError says why they are not for it."""
+    try:
+        weights = torch.load(path, "cpu", weights_only=True)
+        found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    except Exception as error:  # a damaged file can raise nearly anything
+        kind = type(error).__name__
+        raise ValueError(f"--weights: {path} is damaged or holds no weights ({kind})") from error
+    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    if found != expected:
+        raise ValueError(f"--weights: {path} holds layers of {found}, not of {expected}")
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise ValueError(f"--weights: {path} holds weights that are not finite")
+    network.load_state_dict(weights)
+
+
+def save(path: Path, content: bytes) -> None:
+    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def train(args: Args) -> dict:
-    """A run in its own folder: args.json, curves, weight_end.pth, film.mp4; returns result.json."""
-    torch.set_num_threads(1)  # this network is too small to share
+    """A run in its own folder: args.json, curves, weight_end.pth, result.json and film.mp4.
+
+    Returns what is in result.json.
+    """
     torch.manual_seed(args.seed)
     cuda = args.device != "cpu" and torch.cuda.is_available()
     network = ActorCritic(args.hidden_size).to("cuda" if cuda else "cpu")
     if args.weights:
-        try:
-            network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
-        except Exception as error:  # a damaged file can raise nearly anything
-            raise ValueError(f"--weights: cannot load {args.weights} into this network") from error
+        load_weights(network, args.weights)
     averaged = copy.deepcopy(network)
-    name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = args.runs_dir / name
+    run_dir = args.runs_dir / f"a2c_cartpole__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+    save(run_dir / "args.json", json.dumps(asdict(args), indent=2, default=str).encode())
 
     outcome, start = {"solved_episode": None, "episodes": 0, "steps": 0}, time.perf_counter()
     print(network)
@@ -354,7 +425,9 @@ def train(args: Args) -> dict:
             with SummaryWriter(run_dir) as writer:
                 outcome = learn(args, network, averaged, writer)
     finally:  # after Ctrl-C as well
-        torch.save(averaged.state_dict(), run_dir / "weight_end.pth")
+        content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
+        torch.save(averaged.state_dict(), content)
+        save(run_dir / "weight_end.pth", content.getvalue())
         print(f"The weights are in {run_dir}")
     seconds = time.perf_counter() - start
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
@@ -364,14 +437,23 @@ def train(args: Args) -> dict:
         "versions": {"python": sys.version.split()[0], **versions},
         **outcome,
         "steps_per_second": outcome["steps"] / seconds,
-        **evaluate(averaged, args, run_dir / "film.mp4"),
+        **evaluate(averaged, args),
     }
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2))
-    print(f"Greedy: {result['eval_mean']:.1f} steps an episode. Everything is in {run_dir}")
+    save(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    print(f"Greedy: {result['eval_mean']:.1f} steps an episode")
+    film(averaged, args, run_dir)
+    print(f"Everything is in {run_dir}")
     return result
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # this network is too small to share
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
+    for name in ("SIGTERM", "SIGHUP"):  # they keep what Ctrl-C keeps; Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, signal.default_int_handler)
     try:
         train(tyro.cli(Args))
     except (ValueError, OSError) as error:

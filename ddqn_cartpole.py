@@ -12,27 +12,33 @@
 # ///
 """Double DQN on CartPole: one network picks the next action, another says what it is worth.
 
-The maximum over noisy estimates is too high on average: it picks whichever action is overestimated,
-and a network that learns from its own maximum feeds the error back to itself. Double Q-learning
-lets the network being trained pick the action, and takes the value from a second one, the target
-network, a copy of the first that is refreshed after every other episode:
+Two ideas come at once. The first is the target network of 2015. In dqn_cartpole.py an update that
+raises Q(s, a) raises Q in the next state as well, which resembles s, and with it the target: the
+estimates chase a target that runs away. The target network is a copy of the network, refreshed
+after every other episode; in between, its values stand still.
+
+The second is Double Q-learning. The maximum over noisy estimates is too high on average: it picks
+whichever action is overestimated, and a network that learns from its own maximum feeds the error
+back to itself. So the network being trained picks the action, and the target network says what it
+is worth:
 
     a*   = argmax_a' Q(s', a')
     y    = r + gamma * Q_target(s', a*)        (y = r where the episode ended)
-    loss = Huber(Q(s, a) - y)                  (y is a constant: no gradient flows through it)
+    loss = Huber(y - Q(s, a))                  (y is a constant: no gradient flows through it)
 
 The rest is dqn_cartpole.py; to see what is new: diff dqn_cartpole.py ddqn_cartpole.py
 
-van Hasselt, Guez, Silver, "Deep Reinforcement Learning with Double Q-learning", AAAI 2016,
-equation 4. The target network is that of Mnih et al., Nature 518, 2015.
+van Hasselt, Guez, Silver, "Deep Reinforcement Learning with Double Q-learning", AAAI 2016, section
+"Double DQN". The target network is that of Mnih et al., Nature 518, 2015, algorithm 1.
 
     python ddqn_cartpole.py                                      # train, evaluate, film
     python ddqn_cartpole.py --seed 7 --target-interval 4
     python ddqn_cartpole.py --weights runs/.../weight_end.pth    # evaluate and film only
 
-The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode has 200 steps
-at most; the reward is 0 on the way, and at the end +1 for 196 steps or more (a success), -1 for
-fewer. Training ends after 10 successes in a row, or 500 episodes.
+The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode ends when
+the pole leans too far, the cart leaves the track or 200 steps are over. The reward is 0 on the way,
+and at the end +1 for 196 steps or more (a success), -1 for fewer. Training ends after 10
+successes in a row, or 500 episodes.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
@@ -41,11 +47,14 @@ Differs from the book (a flag, where given, brings the book's way back):
 """
 
 import copy
+import io
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -83,6 +92,9 @@ class Args:
     average_decay: float = 0.998  # share the average keeps per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        if self.weights is not None:
+            self.weights = Path(os.path.expanduser(self.weights))
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (self.num_episodes >= 1, "--num-episodes must be 1 or more"),
@@ -115,7 +127,11 @@ def make_env(render_mode: str | None = None) -> gym.Env:
 
 
 def book_reward(steps: int, done: bool) -> float:
-    """0 on the way; at the end +1 for a success, -1 for a shorter episode."""
+    """0 on the way; at the end +1 for a success, -1 for a shorter episode.
+
+    The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: Q
+    can only learn the mean. In theory (a Markov decision process) a state holds all that matters.
+    """
     if not done:
         return 0.0
     return 1.0 if steps >= SUCCESS_STEPS else -1.0
@@ -132,7 +148,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # all values equal: after a fall the other action looks better
+        if zero_init:  # both actions have the value 0 in every state
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -196,21 +212,25 @@ class ReplayMemory:
 
 @torch.no_grad()
 def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float) -> Tensor:
-    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1)."""
+    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1).
+
+    Without a gradient: the estimates are to move to the targets, and not the targets to meet them.
+    """
     next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
     next_values = target_network(batch.next_states).gather(1, next_actions)  # (batch, 1)
     return batch.rewards + gamma * batch.not_done * next_values
 
 
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
-    """Trains the network until the task is solved; `averaged` follows it, and is what is kept.
+    """Trains the network until the task is solved, which is judged on its own, exploring episodes.
 
-    Returns the episode that solved the task (from 0, or None), and how many episodes and steps
-    were played, for result.json. Raises ValueError if the loss is not finite.
+    `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns
+    the episode that solved the task (from 0, or None), and how many episodes and steps were played,
+    for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
     target_network = copy.deepcopy(network)
-    rng = np.random.default_rng([args.seed, 1])  # the seed alone is the environment's stream
+    rng = np.random.default_rng([args.seed, 1])  # args.seed alone is the environment's stream
     memory = ReplayMemory(args.memory_size, rng)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
     env = make_env()
@@ -223,33 +243,36 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
         state, _ = env.reset()
         steps, done = 0, False
         while not done:
-            # 1. act
+            # 1. act: epsilon-greedy
             explore = rng.random() < epsilon
             action = int(rng.integers(2)) if explore else network.greedy_action(state)
 
-            # 2. step
+            # 2. step: see what comes of it
             next_state, _, terminated, truncated, _ = env.step(action)
             # We treat the time limit as terminal and add no next value there, since reaching it is
             # the goal here. In most other tasks only `terminated` may cut off the next value.
             done = terminated or truncated
             steps += 1
 
-            # 3. remember
+            # 3. remember the transition
             memory.push(state, action, book_reward(steps, done), next_state, done)
             state = next_state
 
-            # 4. learn
+            # 4. learn: one update, from a random batch
             if len(memory) >= args.batch_size:
                 batch = memory.sample(args.batch_size, device)
                 targets = td_targets(network, target_network, batch, args.gamma)  # (batch, 1)
+                # Of the values of both actions, gather takes that of the action in the batch.
                 values = network(batch.states).gather(1, batch.actions)  # (batch, 1): Q(s, a)
                 loss = F.smooth_l1_loss(values, targets)  # Huber
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                with torch.no_grad():  # single updates can tip the policy, their average does not
+                # Single updates can tip the policy, their moving average (Polyak averaging) does
+                # not. It is not a target network: no target is computed with it.
+                with torch.no_grad():
                     for mean, weight in zip(averaged.parameters(), network.parameters()):
-                        mean.lerp_(weight, 1 - args.average_decay)
+                        mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way
 
         # 5. copy the network to the target network
         if episode % args.target_interval == 0:
@@ -259,14 +282,15 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
         lengths.append(steps)
         total_steps += steps
         tqdm.write(f"episode {episode}: {steps} steps, mean of 10 {np.mean(lengths):.1f}")
-        writer.add_scalar("charts/episodic_length", steps, episode)
-        writer.add_scalar("charts/epsilon", epsilon, episode)
-        writer.add_scalar("charts/SPS", total_steps / (time.perf_counter() - start), episode)
+        writer.add_scalar("charts/episode", episode, total_steps)
+        writer.add_scalar("charts/episodic_length", steps, total_steps)
+        writer.add_scalar("charts/epsilon", epsilon, total_steps)
+        writer.add_scalar("charts/SPS", total_steps / (time.perf_counter() - start), total_steps)
         if len(memory) >= args.batch_size:  # those of the episode's last update
             if not loss.isfinite():
                 raise ValueError(f"loss not finite in episode {episode}: lower --learning-rate")
-            writer.add_scalar("losses/td_loss", loss.item(), episode)
-            writer.add_scalar("losses/q_values", values.mean().item(), episode)
+            writer.add_scalar("losses/td_loss", loss.item(), total_steps)
+            writer.add_scalar("losses/q_values", values.mean().item(), total_steps)
         solved = len(lengths) == SUCCESSES_TO_SOLVE and min(lengths) >= SUCCESS_STEPS
         if solved:
             break
@@ -278,41 +302,87 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 # ---- evaluation and the run --------------------------------------------------------------------
 
 
-def evaluate(network: QNetwork, args: Args, film: Path) -> dict[str, float]:
-    """Mean and standard deviation of the steps of greedy episodes; the first one is filmed."""
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
-    env = make_env(render_mode="rgb_array")
+def play(network: QNetwork, env: gym.Env) -> Iterator[None]:
+    """Plays a greedy episode, and pauses after each step."""
+    state, _ = env.reset()
+    done = False
+    while not done:
+        state, _, terminated, truncated, _ = env.step(network.greedy_action(state))
+        done = terminated or truncated
+        yield
+
+
+def evaluate(network: QNetwork, args: Args) -> dict[str, float]:
+    """Mean and standard deviation of the steps of greedy episodes."""
+    env = make_env()
     env.reset(seed=2**32 + args.seed)  # no seed of training: those are below 2**32
-    lengths = []
-    with imageio.get_writer(film, fps=env.metadata["render_fps"], macro_block_size=2) as video:
-        for episode in range(args.eval_episodes):
-            state, _ = env.reset()
-            steps, done = 0, False
-            while not done:
-                state, _, terminated, truncated, _ = env.step(network.greedy_action(state))
-                steps, done = steps + 1, terminated or truncated
-                if episode == 0:
-                    video.append_data(env.render())
-            lengths.append(steps)
+    lengths = [sum(1 for _ in play(network, env)) for _ in range(args.eval_episodes)]
     return {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
 
 
+def film(network: QNetwork, args: Args, run_dir: Path) -> None:
+    """Plays the evaluation's first episode again for film.mp4; OSError whatever goes wrong."""
+    part = run_dir / "part.mp4"
+    try:
+        import pygame  # here, so that without it only the film is missing
+
+        with make_env(render_mode="rgb_array") as env:
+            env.reset(seed=2**32 + args.seed)
+            env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
+            fps = env.metadata["render_fps"]
+            with imageio.get_writer(part, fps=fps, macro_block_size=2) as video:
+                for _ in play(network, env):
+                    video.append_data(env.render())
+        imageio.get_reader(part).close()  # ffmpeg does not say if it failed
+        part.replace(run_dir / "film.mp4")
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        failure = f"no film: pygame, imageio or ffmpeg failed ({reason})"
+        raise OSError(f"{failure}; everything else is in {run_dir}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_weights(network: QNetwork, path: Path) -> None:
+    """Loads a file's weights into the network; ValueError says why they are not for it."""
+    try:
+        weights = torch.load(path, "cpu", weights_only=True)
+        found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    except Exception as error:  # a damaged file can raise nearly anything
+        kind = type(error).__name__
+        raise ValueError(f"--weights: {path} is damaged or holds no weights ({kind})") from error
+    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    if found != expected:
+        raise ValueError(f"--weights: {path} holds layers of {found}, not of {expected}")
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise ValueError(f"--weights: {path} holds weights that are not finite")
+    network.load_state_dict(weights)
+
+
+def save(path: Path, content: bytes) -> None:
+    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def train(args: Args) -> dict:
-    """A run in its own folder: args.json, curves, weight_end.pth, film.mp4; returns result.json."""
-    torch.set_num_threads(1)  # this network is too small to share
+    """A run in its own folder: args.json, curves, weight_end.pth, result.json and film.mp4.
+
+    Returns what is in result.json.
+    """
     torch.manual_seed(args.seed)
     cuda = args.device != "cpu" and torch.cuda.is_available()
     network = QNetwork(args.hidden_size, args.zero_init).to("cuda" if cuda else "cpu")
     if args.weights:
-        try:
-            network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
-        except Exception as error:  # a damaged file can raise nearly anything
-            raise ValueError(f"--weights: cannot load {args.weights} into this network") from error
+        load_weights(network, args.weights)
     averaged = copy.deepcopy(network)
-    name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = args.runs_dir / name
+    run_dir = args.runs_dir / f"ddqn_cartpole__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+    save(run_dir / "args.json", json.dumps(asdict(args), indent=2, default=str).encode())
 
     outcome, start = {"solved_episode": None, "episodes": 0, "steps": 0}, time.perf_counter()
     print(network)
@@ -321,7 +391,9 @@ def train(args: Args) -> dict:
             with SummaryWriter(run_dir) as writer:
                 outcome = learn(args, network, averaged, writer)
     finally:  # after Ctrl-C as well
-        torch.save(averaged.state_dict(), run_dir / "weight_end.pth")
+        content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
+        torch.save(averaged.state_dict(), content)
+        save(run_dir / "weight_end.pth", content.getvalue())
         print(f"The weights are in {run_dir}")
     seconds = time.perf_counter() - start
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
@@ -331,14 +403,23 @@ def train(args: Args) -> dict:
         "versions": {"python": sys.version.split()[0], **versions},
         **outcome,
         "steps_per_second": outcome["steps"] / seconds,
-        **evaluate(averaged, args, run_dir / "film.mp4"),
+        **evaluate(averaged, args),
     }
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2))
-    print(f"Greedy: {result['eval_mean']:.1f} steps an episode. Everything is in {run_dir}")
+    save(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    print(f"Greedy: {result['eval_mean']:.1f} steps an episode")
+    film(averaged, args, run_dir)
+    print(f"Everything is in {run_dir}")
     return result
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # this network is too small to share
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
+    for name in ("SIGTERM", "SIGHUP"):  # they keep what Ctrl-C keeps; Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, signal.default_int_handler)
     try:
         train(tyro.cli(Args))
     except (ValueError, OSError) as error:

@@ -1,70 +1,60 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "ale-py==0.12.1",
-#     "gymnasium[classic-control]==1.4.0",
-#     "numpy==2.4.6",
-#     "opencv-python==5.0.0.93",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tyro==1.0.17",
+#     "ale-py==0.12.1", "gymnasium[classic-control]==1.4.0", "numpy==2.4.6",
+#     "opencv-python==5.0.0.93", "tensorboard==2.21.0", "torch==2.13.0", "tyro==1.0.17",
 # ]
 # ///
-"""Advantage Actor-Critic (A2C) on Atari Breakout, learnt from the pixels alone.
+"""Advantage Actor-Critic (A2C) on Atari Breakout, learnt from the screen.
 
 One network looks at the last four frames and gives two answers: V(s), the discounted return to
 expect from here (the critic), and pi(a|s), the probability of each action (the actor). Sixteen
-games are played side by side for five steps; these 80 transitions then make one gradient step:
+games are played side by side for five steps; these 80 transitions then make one gradient step, and
+are forgotten: they show how good the policy is that played them (on-policy learning).
 
-    R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended a life; R_T = V(s_T), T = 5
-    A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
+    R_t  = r_t + gamma R_{t+1}    or r_t alone where a life or the game ended; R_T = V(s_T), T = 5
+    A_t  = R_t - V(s_t)
     loss = - mean A_t log pi(a_t|s_t)  +  0.25 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
-In the first term A_t is a constant: no gradient flows through it. This is algorithm S3 of Mnih et
-al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016 (A3C), made synchronous.
-The frames and the network are those of Mnih et al., "Human-level control through deep
-reinforcement learning", Nature 518, 2015, Methods.
+R_t is an n-step return: the rewards that came, five for the first step and one for the last, then
+the critic's guess (bootstrapping). A_t estimates the advantage: how much better it went than the
+critic, the baseline, expected. The first term, the policy gradient, makes actions of A_t > 0 more
+likely; A_t is a constant in it. The entropy bonus keeps the policy from settling too soon.
+
+Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016, algorithm S3, made
+synchronous; frames and network of Mnih et al., Nature 518, 2015, Methods.
 
     python a2c_breakout.py --num-envs 16                         # 10 million timesteps
-    python a2c_breakout.py --resume runs/a2c_breakout__1__...    # continues, bit for bit on a CPU
+    python a2c_breakout.py --resume runs/a2c_breakout__1__...    # goes on, bit for bit on a CPU
     torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64    # several processes (or machines)
 
-A timestep is one decision in one environment, four frames of the emulator. To the learner a life
-is an episode; the curves show whole games of five lives, in the game's own points.
+A timestep is one decision in one game, four frames of the emulator. To the learner a life is an
+episode; the curves show whole games of five lives. The algorithm is in compute_returns,
+compute_losses and learn, the game in the wrappers and in work; the rest keeps a long run safe.
 
-Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018), whose recipe is
---no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0.
-Here rewards are cut to their sign, the value loss weighs half as much, the learning rate falls to
-0, a game ends after 400 decisions without a reward, and the weights saved for play are a moving
-average. A process for each core plays several environments with one network in shared memory,
-where the book has a process for each environment; screens are turned gray before, not after, the
-maximum of two is taken. docs/breakout.md has the reasons and the numbers.
+Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in the flags that its recipe
+sets: --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
+and screens turn gray before, not after, the maximum of two is taken. docs/breakout.md says why.
 """
 
-import argparse
 import copy
 import ctypes
 import io
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import threading
 import time
-import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 # Let PyTorch's OpenMP threads spin for only 0.1 ms before they sleep: 15% more steps/s.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # it is read when torch is imported
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train(), Ctrl-C ends us silently
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
 
 import ale_py
 import cv2
@@ -79,6 +69,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 # torchrun starts this file once for each rank and says so here; started by hand, it is rank 0 of 1.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+stop_requests: dict[int, float] = {}  # signals, and when they first came: see request_stop
 
 
 @dataclass
@@ -88,13 +80,11 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
     seed: int = 1  # seed of the network and of the environments, from 0 to 2**31 - 1
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    bf16: bool = False  # all layers but the last in bfloat16: faster on a few processors
     num_envs: int = 16  # environments side by side, on all ranks together, 1 or more
     num_steps: int = 5  # steps between two updates, the length of the return, 1 or more
     total_timesteps: int = 10_000_000  # decisions in all environments, num_envs * num_steps or more
     learning_rate: float = 7e-4  # learning rate of RMSprop, above 0
     anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
-    rmsprop_alpha: float = 0.99  # decay of RMSprop's mean of squared gradients, from 0 to below 1
     rmsprop_eps: float = 1e-5  # term in RMSprop's denominator, above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
@@ -106,27 +96,26 @@ class Args:
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
     resume: Path | None = None  # folder of a run to continue, or a new one to begin in
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
-    save_every: int = 12_500  # updates between two weight_*.pth, 1 or more
-    log_every: int = 100  # updates between two lines of output, 1 or more
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        self.resume = Path(os.path.expanduser(self.resume)) if self.resume else None
         batch = self.num_envs * self.num_steps
         for names, good, rule in [
-            ("num_envs num_steps", lambda x: x >= 1, "1 or more"),
-            ("checkpoint_every save_every log_every", lambda x: x >= 1, "1 or more"),
-            ("max_idle_steps", lambda x: x >= 0, "0 or more"),
-            ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
-            ("learning_rate rmsprop_eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0"),
-            ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "0 or more"),
-            ("rmsprop_alpha average_decay", lambda x: 0 <= x < 1, "from 0 to below 1"),
-            ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
+            ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
+            ("num_envs", lambda x: x % WORLD_SIZE == 0, f"a multiple of {WORLD_SIZE}, the ranks"),
             ("total_timesteps", lambda x: x >= batch, f"{batch} or more"),
+            ("max_idle_steps", lambda x: x >= 0, "0 or more"),
+            ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "0 or more"),
+            ("learning_rate rmsprop_eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0"),
+            ("average_decay", lambda x: 0 <= x < 1, "from 0 to below 1"),
+            ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
+            ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
             ("device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu (no CUDA)"),
         ]:
             for name in names.split():
-                if not good(getattr(self, name)):
-                    flag = f"--{name.replace('_', '-')}"
-                    raise ValueError(f"{flag} must be {rule}, not {getattr(self, name)}")
+                if not good(value := getattr(self, name)):
+                    raise ValueError(f"--{name.replace('_', '-')} must be {rule}, not {value}")
 
 
 # ---- environment ---------------------------------------------------------------
@@ -138,9 +127,7 @@ class NoopReset(gym.Wrapper):
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
         for _ in range(self.unwrapped.np_random.integers(1, 31)):
-            observation, _, terminated, truncated, info = self.env.step(0)
-            if terminated or truncated:
-                observation, info = self.env.reset()
+            observation, _, _, _, info = self.env.step(0)  # no game is over so soon
         return observation, info
 
 
@@ -183,13 +170,13 @@ class EpisodicLife(gym.Wrapper):
 
     def __init__(self, env: gym.Env, max_idle_steps: int = 0):
         super().__init__(env)
-        self.max_idle_steps = max_idle_steps
-        self.game = {"over": True}  # reset() adds lives, score, length, idle
+        self.max_idle_steps, self.game = max_idle_steps, {"over": True}
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        game, lives_before = self.game, self.game["lives"]
-        game["lives"] = self.unwrapped.ale.lives()
+        game, lives = self.game, self.unwrapped.ale.lives()
+        life_lost = 0 < lives < game["lives"]  # Qbert shows 0 for some frames before it is over
+        game["lives"] = lives
         game["score"] += reward
         game["length"] += 1
         game["idle"] = 0 if reward else game["idle"] + 1
@@ -197,8 +184,6 @@ class EpisodicLife(gym.Wrapper):
         game["over"] = terminated or truncated
         if game["over"]:
             info["game"] = (game["score"], game["length"])
-        # Qbert shows 0 lives for some frames before its game is over.
-        life_lost = 0 < game["lives"] < lives_before
         return observation, reward, terminated or life_lost, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -219,7 +204,7 @@ class Warp(gym.ObservationWrapper):
         return cv2.resize(observation, (84, 84), interpolation=cv2.INTER_AREA)
 
 
-class FrameStack(gym.Wrapper):
+class FrameStack(gym.ObservationWrapper):
     """Shows the last four frames, (4, 84, 84) uint8, the newest last: a single one shows no motion.
 
     The array is the same at every step: copy it if you keep it.
@@ -231,16 +216,13 @@ class FrameStack(gym.Wrapper):
         self.frames = np.zeros((4, 84, 84), np.uint8)
 
     def reset(self, **kwargs):
-        frame, info = self.env.reset(**kwargs)
         self.frames[:] = 0  # nothing of the life before
-        self.frames[-1] = frame
-        return self.frames, info
+        return super().reset(**kwargs)
 
-    def step(self, action):
-        frame, reward, terminated, truncated, info = self.env.step(action)
+    def observation(self, observation: np.ndarray) -> np.ndarray:
         self.frames[:-1] = self.frames[1:]
-        self.frames[-1] = frame
-        return self.frames, reward, terminated, truncated, info
+        self.frames[-1] = observation
+        return self.frames
 
 
 def make_env(env_id: str, max_idle_steps: int = 0) -> gym.Env:
@@ -250,12 +232,25 @@ def make_env(env_id: str, max_idle_steps: int = 0) -> gym.Env:
     if env_id not in gym.registry or not env_id.endswith("NoFrameskip-v4"):
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
     # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
-    max_frames = 65_536 if env_id.startswith("Breakout") else 108_000
+    frames = 65_536 if env_id.startswith("Breakout") else 108_000
     # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
-    env = gym.make(
-        env_id, obs_type="ram", max_num_frames_per_episode=max_frames, disable_env_checker=True
-    )
-    return FrameStack(Warp(EpisodicLife(MaxAndSkip(NoopReset(env)), max_idle_steps)))
+    game = gym.make(env_id, obs_type="ram", max_num_frames_per_episode=frames).unwrapped
+    return FrameStack(Warp(EpisodicLife(MaxAndSkip(NoopReset(game)), max_idle_steps)))
+
+
+def get_state(env: gym.Env) -> tuple:
+    """All that the future of an environment depends on, as torch.load takes it."""
+    emulator, generator = env.unwrapped.ale, env.unwrapped.np_random.bit_generator
+    game, frames = env.get_wrapper_attr("game"), env.frames.tobytes()
+    return game, frames, emulator.cloneSystemState().serialize(), generator.state
+
+
+def set_state(env: gym.Env, state: tuple) -> None:
+    """To be called after a reset: in Qbert a fresh emulator would go on differently."""
+    game, frames, emulator, env.unwrapped.np_random.bit_generator.state = state
+    env.get_wrapper_attr("game").update(game)
+    env.frames[:] = np.frombuffer(frames, np.uint8).reshape(4, 84, 84)
+    env.unwrapped.ale.restoreSystemState(ale_py.ALEState(emulator))
 
 
 # ---- network -------------------------------------------------------------------
@@ -270,9 +265,8 @@ def init(layer: nn.Module, gain: float) -> nn.Module:
 class ActorCritic(nn.Module):
     """The network of Mnih et al. 2015 with two heads; named as in the book, whose weights load."""
 
-    def __init__(self, num_actions: int, bf16: bool = False):
+    def __init__(self, num_actions: int):
         super().__init__()
-        self.bf16 = bf16
         self.conv = nn.Sequential(
             init(nn.Conv2d(4, 32, kernel_size=8, stride=4), math.sqrt(2)),  # (B, 32, 20, 20)
             nn.ReLU(inplace=True),
@@ -288,10 +282,8 @@ class ActorCritic(nn.Module):
         self.actor = init(nn.Linear(512, num_actions), 0.01)  # at first all equally likely
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """observations (B, 4, 84, 84) uint8 -> values (B,), logits (B, num_actions), float32."""
-        with torch.autocast(observations.device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.conv(observations / 255)  # (B, 512)
-        features = features.float()  # in bfloat16 a value of 20 could only change by 0.125
+        """observations (B, 4, 84, 84) uint8 -> values (B,), logits (B, num_actions)."""
+        features = self.conv(observations / 255)  # (B, 512)
         return self.critic(features).squeeze(-1), self.actor(features)
 
 
@@ -301,8 +293,7 @@ class ActorCritic(nn.Module):
 class RolloutStorage:
     """T steps of N environments, in memory that the workers write and the learner reads."""
 
-    def __init__(self, num_steps: int, num_envs: int):
-        T, N = num_steps, num_envs
+    def __init__(self, T: int, N: int):
         frames = torch.zeros(T + 1, N, 84, 84, 4, dtype=torch.uint8).share_memory_()
         self.observations = frames.permute(0, 1, 4, 2, 3)  # (T + 1, N, 4, 84, 84), channels last
         self.actions = torch.zeros(T, N, dtype=torch.int64).share_memory_()
@@ -310,130 +301,69 @@ class RolloutStorage:
         self.masks = torch.zeros(T, N).share_memory_()  # 0 where an episode ended, else 1
 
 
-class Worker:
-    """Plays some of this rank's environments, with one thread and the shared network."""
+@torch.no_grad()
+def work(pipe, learners_end, args: Args, network: ActorCritic, storage, mine: slice, states: list):
+    """A worker process: plays T steps in a slice of the environments whenever it is told to.
 
-    def __init__(self, args: Args, network: ActorCritic, storage: RolloutStorage, indices: range):
-        torch.set_num_threads(1)
-        cv2.setNumThreads(1)
-        self.network, self.storage, self.indices = network, storage, indices
-        self.envs = [make_env(args.env_id, args.max_idle_steps) for _ in indices]
-        # Hashed from the run's seed: with seed + i, runs 1 and 2 would share environments.
-        seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
-        self.num_envs = args.num_envs
-        # The number of this worker's first environment; all ranks have equally many.
-        self.first = RANK * args.num_envs // WORLD_SIZE + indices.start
-        for index, seed, env in zip(indices, seeds[self.first :], self.envs):
-            observation, _ = env.reset(seed=int(seed))
-            storage.observations[-1, index] = torch.from_numpy(observation)  # rollout() begins here
+    It answers with the games that ended, (timestep, score, length), and the environments' states.
+    """
+    learners_end.close()  # our copy of it, which would keep recv() waiting for a dead learner
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # it is the learner that is asked to stop
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    observations = storage.observations[:, mine]  # (T + 1, n, 4, 84, 84)
+    actions = storage.actions[:, mine].numpy()  # (T, n)
+    rewards, masks = storage.rewards[:, mine].numpy(), storage.masks[:, mine].numpy()  # (T, n)
+    envs = [make_env(args.env_id, args.max_idle_steps) for _ in actions[0]]
+    first = RANK * args.num_envs // WORLD_SIZE + mine.start  # the number of its first environment
+    # Hashed from the run's seed: with seed + i, runs 1 and 2 would share environments.
+    seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
+    for i, env in enumerate(envs):
+        env.reset(seed=int(seeds[first + i]))
+        if states:  # of all environments, where a run goes on
+            set_state(env, states[first + i])
+        observations[-1, i] = torch.from_numpy(env.frames)
 
-    @torch.no_grad()
-    def act(self, observations: Tensor) -> np.ndarray:
-        """Draws an action for each environment: (n, 4, 84, 84) uint8 -> (n,) int64."""
-        _, logits = self.network(observations)  # (n, num_actions)
-        # argmax(logits + Gumbel noise) is a draw from softmax(logits). The noise comes from each
-        # environment's own generator, so that it does not matter which process plays it.
-        noise = [env.unwrapped.np_random.gumbel(size=logits.shape[1]) for env in self.envs]
-        return (logits.numpy() + noise).argmax(axis=-1)
-
-    def rollout(self, update: int) -> list[tuple[int, float, int]]:
-        """Plays T steps in each environment and stores them.
-
-        Returns (timestep, score, length) of each game that ended.
-        """
-        mine = slice(self.indices.start, self.indices.stop)
-        observations = self.storage.observations[:, mine]  # (T + 1, n, 4, 84, 84)
-        actions = self.storage.actions[:, mine].numpy()  # (T, n)
-        rewards = self.storage.rewards[:, mine].numpy()
-        masks = self.storage.masks[:, mine].numpy()
-        observations[0] = observations[-1]  # goes on where the last rollout ended
-        games = []
-        for t in range(len(actions)):
-            actions[t] = self.act(observations[t])
-            for i, env in enumerate(self.envs):
-                observation, rewards[t, i], terminated, truncated, info = env.step(actions[t, i])
-                masks[t, i] = not (terminated or truncated)  # no bootstrapping at a cut either
-                if terminated or truncated:
-                    observation, reset_info = env.reset()
-                    info |= reset_info
-                if "game" in info:  # ended by the step, or by the no-op of the reset
-                    timestep = (update * len(actions) + t) * self.num_envs + self.first + i + 1
-                    games.append((timestep, *info["game"]))
-                observations[t + 1, i] = torch.from_numpy(observation)
-        return games
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """All that the future of each environment depends on."""
-        return [
-            {
-                "game": env.get_wrapper_attr("game"),
-                "frames": env.frames.tobytes(),  # torch.load, weights_only, refuses arrays
-                "emulator": env.unwrapped.ale.cloneSystemState().serialize(),
-                "generator": env.unwrapped.np_random.bit_generator.state,
-            }
-            for env in self.envs
-        ]
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Takes over its environments' part of the states of all environments, on all ranks."""
-        for index, env, state in zip(self.indices, self.envs, states[self.first :]):
-            env.get_wrapper_attr("game").update(state["game"])
-            env.frames[:] = np.frombuffer(state["frames"], np.uint8).reshape(4, 84, 84)
-            # The emulator has played in __init__: a fresh one would go on differently in Qbert.
-            env.unwrapped.ale.restoreSystemState(ale_py.ALEState(state["emulator"]))
-            env.unwrapped.np_random.bit_generator.state = state["generator"]
-            self.storage.observations[-1, index] = torch.from_numpy(env.frames)
-
-
-def run_worker(worker_end, parent_end, *worker_args) -> None:
-    """A worker's process: does what it is told, until its parent is gone."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)  # it is the parent that is asked to stop
-    parent_end.close()  # recv() below raises EOFError once the parent has gone
-    worker = Worker(*worker_args)
     with suppress(EOFError, OSError):
         while True:
-            method, *arguments = worker_end.recv()
-            worker_end.send(getattr(worker, method)(*arguments))
+            update = pipe.recv()
+            observations[0] = observations[-1]  # goes on where the last rollout ended
+            games = []
+            for t in range(args.num_steps):
+                _, logits = network(observations[t])  # (n, num_actions)
+                # argmax(logits + Gumbel noise) is a draw from softmax(logits). Each environment has
+                # a generator of its own, so that it does not matter which process plays it.
+                noise = [env.unwrapped.np_random.gumbel(size=logits.shape[1]) for env in envs]
+                actions[t] = (logits.numpy() + noise).argmax(axis=-1)
+                for i, env in enumerate(envs):
+                    frames, rewards[t, i], terminated, truncated, info = env.step(actions[t, i])
+                    masks[t, i] = not (terminated or truncated)  # no bootstrapping at a cut either
+                    if terminated or truncated:
+                        frames, reset_info = env.reset()
+                        info |= reset_info
+                    if "game" in info:  # ended by the step, or by the no-op of the reset
+                        timestep = (update * args.num_steps + t) * args.num_envs + first + i + 1
+                        games.append((timestep, *info["game"]))
+                    observations[t + 1, i] = torch.from_numpy(frames)
+            pipe.send((games, [get_state(env) for env in envs]))
 
 
-@contextmanager
-def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage):
-    """Starts a worker for each of PyTorch's threads; yields tell_workers(method, *arguments).
-
-    That calls the method in every worker and joins the answers, in the order of the environments.
-    """
+def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage, states: list) -> list:
+    """Starts a worker for each of PyTorch's threads; returns our ends of their pipes."""
     # macOS cannot fork safely, Windows not at all.
     context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     num_envs = storage.actions.shape[1]  # those of this rank
-    num_workers = min(torch.get_num_threads(), num_envs)  # torchrun gives each rank one thread
-    workers = []
-
-    def tell_workers(method: str, *arguments) -> list[Any]:
-        answers = []
-        try:
-            for process, parent_end in workers:
-                parent_end.send((method, *arguments))
-            for process, parent_end in workers:
-                answers += parent_end.recv() or []
-        except (EOFError, OSError):
-            raise ValueError(f"worker process {process.pid} died; continue with --resume") from None
-        return answers
-
-    try:
-        for i in range(num_workers):
-            indices = range(i * num_envs // num_workers, (i + 1) * num_envs // num_workers)
-            parent_end, worker_end = context.Pipe()
-            run_args = (worker_end, parent_end, args, network, storage, indices)
-            process = context.Process(target=run_worker, args=run_args, daemon=True)
-            process.start()
-            worker_end.close()  # only the worker holds it now: if it dies, recv() ends
-            workers.append((process, parent_end))
-        yield tell_workers
-    finally:
-        for process, _ in workers:
-            process.kill()
-            process.join()
+    num_workers = min(torch.get_num_threads(), num_envs)
+    pipes = []
+    for i in range(num_workers):
+        mine = slice(i * num_envs // num_workers, (i + 1) * num_envs // num_workers)
+        ours, theirs = context.Pipe()
+        worker_args = (theirs, ours, args, network, storage, mine, states)
+        context.Process(target=work, args=worker_args).start()
+        theirs.close()  # only the worker holds it now: if it dies, recv() raises EOFError
+        pipes.append(ours)
+    return pipes
 
 
 # ---- learning ------------------------------------------------------------------
@@ -467,384 +397,274 @@ def compute_losses(
     return value_loss, policy_loss, entropy
 
 
-def learn(args: Args, network: ActorCritic, storage: RolloutStorage, tell_workers, run) -> None:
-    """Trains until the end or a stop signal. Raises ValueError when a gradient is not finite.
-
-    The workers play with the network, and the learner is trained: on a CPU they are one and the
-    same, on CUDA the learner's weights are copied to the network for each rollout. The run (a Run,
-    below) knows how far it is, collects the games that ended and the stop signals, logs and saves.
-    """
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # a machine's ranks share its GPUs
-    device = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if on_cuda else "cpu")
-    learner = copy.deepcopy(network).to(device) if on_cuda else network
-    averaged = copy.deepcopy(learner).requires_grad_(False)
-    parameters = list(learner.parameters())
-    optimizer = torch.optim.RMSprop(parameters, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps)
-    # This loads the checkpoint, or writes the first one.
-    run.begin({"network": learner, "averaged": averaged, "optimizer": optimizer}, tell_workers)
-    num_updates = args.total_timesteps // (args.num_envs * args.num_steps)
-
-    for update in range(run.progress["update"], num_updates):
-        fraction_left = 1 - update / num_updates if args.anneal_lr else 1
-        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction_left
-
-        # 1. rollout: T steps in each of N environments, into the storage
-        if on_cuda:
-            network.load_state_dict(learner.state_dict())
-        run.ended_games += tell_workers("rollout", update)
-
-        # 2. returns: (T, N)
-        with torch.no_grad():
-            last_values, _ = learner(storage.observations[-1].to(device))  # (N,)
-        rewards = storage.rewards.sign() if args.clip_rewards else storage.rewards
-        returns = compute_returns(rewards, storage.masks, last_values.cpu(), args.gamma)
-
-        # 3. loss: over the batch of T * N transitions
-        value_loss, policy_loss, entropy = compute_losses(
-            learner,
-            storage.observations[:-1].flatten(0, 1).to(device),
-            storage.actions.flatten().to(device),
-            returns.flatten().to(device),
-        )
-        loss = policy_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
-
-        # 4. update
-        optimizer.zero_grad()
-        loss.backward()
-        # Averaged with the gradients, a stop signal to one rank is above 0 on all: all stop.
-        stop = torch.tensor(float(len(run.stop_signals)), device=device)
-        average_over_ranks([stop, *(parameter.grad for parameter in parameters)])
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        if not grad_norm.isfinite():
-            raise ValueError(f"update {update}: gradient not finite; the last checkpoint is intact")
-        optimizer.step()
-        # Every tenth is enough for an average: those in between are nearly the same.
-        if update % 10 == 0 or args.average_decay == 0:
-            with torch.no_grad():
-                for mean, weight in zip(averaged.parameters(), parameters):
-                    mean.lerp_(weight, 1 - args.average_decay)
-
-        # 5. log, and save now and then
-        run.progress["update"] = update + 1
-        if update % args.log_every == 0:
-            losses = {"value_loss": value_loss, "policy_loss": policy_loss, "entropy": entropy}
-            run.log(losses, optimizer.param_groups[0]["lr"])
-        if (update + 1) % args.save_every == 0:
-            run.save_weights(f"weight_{update + 1}.pth")
-        if (update + 1) % args.checkpoint_every == 0 or stop > 0 or update + 1 == num_updates:
-            run.save_checkpoint(tell_workers)
-        if stop > 0:
-            break
-
-
-# ---- several ranks (torchrun) --------------------------------------------------
-
-
 def average_over_ranks(tensors: list[Tensor]) -> None:
-    """Replaces each tensor by its mean over all ranks, in one message."""
+    """Replaces each tensor by its mean over all ranks of torchrun."""
+    for tensor in tensors if WORLD_SIZE > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= WORLD_SIZE
+
+
+def gather(values: list) -> list:
+    """The lists of all ranks, joined in their order, on every rank."""
+    lists = [values] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        joined = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
-        dist.all_reduce(joined)
-        means = (joined / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
-        for tensor, mean in zip(tensors, means):
-            tensor.copy_(mean.view_as(tensor))
+        dist.all_gather_object(lists, values)
+    return sum(lists, [])
 
 
-def gather(value: Any) -> list[Any]:
-    """The values of all ranks, in their order, on every rank."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
-    return values
+def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict) -> dict[str, Any]:
+    """Trains until the end or a stop request, logs and saves; returns how far the run has come."""
+    # The workers play with the network, the learner is trained. On a CPU they are one and the same;
+    # on CUDA the learner's weights are copied to the network for each rollout.
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu"
+    learner = copy.deepcopy(network).to(device) if on_cuda else network
+    averaged = copy.deepcopy(network).requires_grad_(False)
+    parameters = list(learner.parameters())
+    optimizer = torch.optim.RMSprop(parameters, alpha=0.99, eps=args.rmsprop_eps)
+    progress = {"timesteps": 0, "seconds": 0.0, "games": 0, "last_scores": [], "to_log": []}
+    progress |= checkpoint.get("progress", {})
+    run = {"network": learner, "averaged": averaged, "optimizer": optimizer, "env_id": args.env_id}
+    for name in ("network", "averaged", "optimizer") if checkpoint else ():
+        run[name].load_state_dict(checkpoint[name])
+    run |= {"progress": progress, "envs": checkpoint.get("envs", [])}  # envs: their states
+    # What was logged after the checkpoint will be logged again.
+    writer = SummaryWriter(run_dir, purge_step=progress["timesteps"] + 1) if RANK == 0 else None
+    start, batch = time.perf_counter() - progress["seconds"], args.num_envs * args.num_steps
+    num_updates = args.total_timesteps // batch
 
+    try:
+        for update in range(progress["timesteps"] // batch, num_updates):
+            if update % max(1, num_updates // 10) == 0:  # a tenth of the run
+                save(run_dir / f"weight_{update}.pth", averaged.state_dict())
+            rate = args.learning_rate * (1 - update / num_updates if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = rate
 
-# ---- the run: its folder, curves, weights and checkpoints ----------------------
+            # 1. rollout: T steps in each of N environments, into the storage
+            if on_cuda:
+                network.load_state_dict(learner.state_dict())
+            for pipe in workers:
+                pipe.send(update)
+            games, states = (sum(x, []) for x in zip(*[pipe.recv() for pipe in workers]))
 
+            # 2. returns: (T, N)
+            with torch.no_grad():
+                last_values, _ = learner(storage.observations[-1].to(device))  # (N,)
+            rewards = storage.rewards.sign() if args.clip_rewards else storage.rewards
+            returns = compute_returns(rewards, storage.masks, last_values.cpu(), args.gamma)
 
-class Run:
-    """The folder of a run: its curves, weights and checkpoints. Rank 0 alone writes them.
-
-    Making one refuses bad input before a worker is started; begin() then needs the workers.
-    """
-
-    def __init__(self, args: Args):
-        name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.args, self.folder = args, args.resume or args.runs_dir / name
-        refuse_changes(args)
-        if RANK == 0:
-            self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
-            self.lock = lock(self.folder)
-        self.checkpoint = load_checkpoint(self.folder, args)  # {} where a run begins
-        fresh = {"update": 0, "seconds": 0.0, "games": 0, "last_scores": []}
-        self.progress = self.checkpoint.get("progress", fresh)
-        self.ended_games, self.stop_signals = [], []
-        if self.timesteps > args.total_timesteps:
-            raise ValueError(f"--total-timesteps: {self.folder} has done {self.timesteps} already")
-
-    @property
-    def timesteps(self) -> int:
-        return self.progress["update"] * self.args.num_envs * self.args.num_steps
-
-    def begin(self, parts: dict[str, Any], tell_workers) -> None:
-        """Restores the network, its average, the optimizer and the workers, or saves them."""
-        self.parts = parts
-        checkpoint, self.checkpoint = self.checkpoint, None  # freed when this returns
-        if len(set(gather((bool(checkpoint), self.timesteps)))) > 1:
-            raise ValueError("the ranks see different checkpoints: do they share a disk?")
-        device = parts["network"].actor.weight.device.type
-        self.machine = f"{device}, {torch.get_num_threads()} threads, {WORLD_SIZE} rank(s)"
-        if checkpoint:
-            try:
-                for name, part in parts.items():
-                    part.load_state_dict(checkpoint[name])
-                tell_workers("load_state_dict", checkpoint["envs"])
-            except (KeyError, TypeError, RuntimeError):
-                raise ValueError(f"{self.folder}/checkpoint.pth is of another version") from None
-        if RANK == 0:
-            save(self.folder / "args.json", asdict(self.args))
-            # Purge the points logged after the checkpoint: they will be logged again.
-            self.writer = SummaryWriter(self.folder, purge_step=self.timesteps + 1)
-            print(f"{parts['network']}\n{self.args.env_id} on {self.machine}, in {self.folder}")
-            if checkpoint and checkpoint["machine"] != self.machine:
-                print(f"It ran on {checkpoint['machine']}: it continues, but not bit for bit.")
-        self.start = time.perf_counter() - self.progress["seconds"]
-        if not checkpoint:
-            self.save_weights("weight_0.pth")
-            self.save_checkpoint(tell_workers)  # now, so that a full disk shows now
-            self.start = time.perf_counter()  # the start of the workers does not count
-
-    def log_games(self) -> None:
-        """Brings the progress and the curves up to date with the games that ended, on all ranks."""
-        games, self.ended_games = sorted(sum(gather(self.ended_games), [])), []
-        progress = self.progress
-        progress["seconds"] = time.perf_counter() - self.start
-        progress["games"] += len(games)
-        progress["last_scores"] += [score for _, score, _ in games]
-        del progress["last_scores"][:-100]
-        if RANK == 0:
-            for timestep, score, length in games:  # whole games, under CleanRL's names
-                self.writer.add_scalar("charts/episodic_return", score, timestep)
-                self.writer.add_scalar("charts/episodic_length", length, timestep)
-
-    def log(self, losses: dict[str, Tensor], learning_rate: float) -> None:
-        """Adds a point to each curve and prints a line."""
-        self.log_games()
-        speed = self.timesteps / self.progress["seconds"]
-        curves = {"charts/SPS": speed, "charts/learning_rate": learning_rate}
-        curves |= {f"losses/{name}": loss.item() for name, loss in losses.items()}
-        scores = self.progress["last_scores"] or [math.nan]
-        hours = (self.args.total_timesteps - self.timesteps) / speed / 3600
-        if RANK == 0:
-            for name, value in curves.items():
-                self.writer.add_scalar(name, value, self.timesteps)
-            print(
-                f"finished timesteps {self.timesteps}, last 100 games: mean/median "
-                f"{np.mean(scores):.1f}/{np.median(scores):.1f}, min/max {min(scores):.0f}/"
-                f"{max(scores):.0f}, {speed:.0f} steps/s, {hours:.1f} h left",
-                flush=True,
+            # 3. loss: over the batch of T * N transitions
+            value_loss, policy_loss, entropy = compute_losses(
+                learner,
+                storage.observations[:-1].flatten(0, 1).to(device),
+                storage.actions.flatten().to(device),
+                returns.flatten().to(device),
             )
+            loss = policy_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
 
-    def save_weights(self, name: str) -> None:
+            # 4. update
+            optimizer.zero_grad()
+            loss.backward()
+            stop = torch.tensor(float(len(stop_requests)))  # a request to one rank stops all
+            average_over_ranks([stop, *(parameter.grad for parameter in parameters)])
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            if not grad_norm.isfinite():
+                raise ValueError(f"update {update}: gradient not finite, lower the learning rate")
+            optimizer.step()
+            # Every tenth is enough for an average: those in between are nearly the same.
+            if update % 10 == 0 or args.average_decay == 0:
+                with torch.no_grad():
+                    for mean, weight in zip(averaged.parameters(), parameters):
+                        mean.lerp_(weight.cpu(), 1 - args.average_decay)
+
+            # 5. log, and save now and then
+            run["envs"] = states
+            progress["timesteps"] += batch
+            progress["seconds"] = time.perf_counter() - start
+            progress["to_log"] += games
+            stopping = stop > 0 or update + 1 == num_updates
+            saving = stopping or (update + 1) % args.checkpoint_every == 0
+            if saving or (update + 1) % 100 == 0:
+                losses = {"value_loss": value_loss, "policy_loss": policy_loss, "entropy": entropy}
+                log(args, writer, progress, losses if (update + 1) % 100 == 0 else {}, rate)
+            if saving:
+                save(run_dir / "checkpoint.pth", run | {"envs": gather(states)})
+            if stopping:
+                break
+    except BaseException:  # a worker died, the disk is full ...: what was learnt is kept
+        if run["envs"] and WORLD_SIZE == 1:  # no state of other ranks' environments can be had now
+            save(run_dir / "checkpoint.pth", run)
+        raise
+    finally:
+        save(run_dir / "weight_end.pth", averaged.state_dict())
+    return progress
+
+
+# ---- the run: its curves and files, its ranks and signals -----------------------
+
+
+def log(args: Args, writer, progress: dict[str, Any], losses: dict, rate: float) -> None:
+    """Brings progress and curves up to date, with the games that ended on all ranks."""
+    games, progress["to_log"] = sorted(gather(progress["to_log"])), []
+    progress["games"] += len(games)
+    scores = progress["last_scores"] = (progress["last_scores"] + [x[1] for x in games])[-100:]
+    mean = progress["mean_return"] = float(np.mean(scores)) if scores else None
+    timesteps = progress["timesteps"]
+    speed = progress["steps_per_second"] = timesteps / progress["seconds"]
+    if RANK > 0:
+        return
+    for timestep, score, length in games:  # whole games, under CleanRL's names
+        writer.add_scalar("charts/episodic_return", score, timestep)
+        writer.add_scalar("charts/episodic_length", length, timestep)
+    curves = {f"losses/{name}": loss for name, loss in losses.items()}
+    curves |= {"charts/SPS": speed, "charts/learning_rate": rate} if losses else {}
+    for name, value in curves.items():
+        writer.add_scalar(name, value, timesteps)
+    writer.flush()
+    last = "no game is over yet"
+    if scores:
+        last = f"last 100 games: mean/median {mean:.1f}/{np.median(scores):.1f}, "
+        last += f"min/max {min(scores):.0f}/{max(scores):.0f}"
+    hours = (args.total_timesteps - timesteps) / speed / 3600
+    say(f"finished timesteps {timesteps}, {last}, {speed:.0f} steps/s, {hours:.1f} h left")
+
+
+def say(text: str) -> None:
+    """Prints on rank 0. Where nobody reads it (`| head`, a closed terminal), it asks us to stop."""
+    try:
         if RANK == 0:
-            weights = self.parts["averaged"].state_dict()
-            save(self.folder / name, {key: weight.cpu() for key, weight in weights.items()})
-
-    def save_checkpoint(self, tell_workers) -> None:
-        """Saves all that the rest of the run depends on."""
-        self.log_games()
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state["envs"] = sum(gather(tell_workers("state_dict")), [])
-        state |= {"env_id": self.args.env_id, "machine": self.machine, "progress": self.progress}
-        if RANK == 0:
-            self.writer.flush()
-            save(self.folder / "checkpoint.pth", state)
-
-    def finish(self) -> dict[str, Any]:
-        """Saves the last weights and result.json, and returns what that says."""
-        seconds, games = self.progress["seconds"], self.progress["games"]
-        result = {
-            "seed": self.args.seed,
-            "seconds": seconds,
-            "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}
-            | {"python": platform.python_version()},
-            "timesteps": self.timesteps,
-            "steps_per_second": self.timesteps / seconds,
-            "mean_return": float(np.mean(self.progress["last_scores"])) if games else None,
-            "games": games,
-        }
-        self.save_weights("weight_end.pth")
-        if RANK == 0:
-            self.writer.close()
-            save(self.folder / "result.json", result)
-            left = self.args.total_timesteps - self.timesteps
-            unfinished = left >= self.args.num_envs * self.args.num_steps
-            how = f"; continue with --resume {self.folder}" if unfinished else ""
-            print(f"{self.timesteps} timesteps are done{how}. Everything is in {self.folder}")
-        return result
-
-
-def lock(folder: Path):
-    """Locks a run's folder until this process ends, and returns the open file."""
-    file = open(folder / "lock", "w")
-    with suppress(ImportError, OSError):  # Windows has no fcntl, some network disks have no locks
-        import fcntl
-
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the workers
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"another process is training in {folder}") from None
-    return file
+            print(text, flush=True)
+    except OSError:
+        stop_requests[13] = time.monotonic()  # the number of SIGPIPE, which Windows does not have
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def save(path: Path, content: Any) -> None:
-    """Writes beside and renames: after a kill or a power cut the old or the new file is whole."""
+    """Writes beside and renames: a kill or a full disk leaves the old file or the new, whole."""
+    if RANK > 0:
+        return
     buffer = io.BytesIO()  # on a full disk torch.save itself fails with an error of its own
     if path.suffix == ".json":
         buffer.write(json.dumps(content, indent=2, default=str).encode())
     else:
-        torch.save(content, buffer)
-    beside = path.with_name(path.name + ".tmp")
+        live = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in content.items()}
+        torch.save(live, buffer)
+    part = path.with_name(f"{path.name}.part")
     try:
-        with open(beside, "wb") as file:
+        with open(part, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # some network disks cannot
-            os.fsync(folder)  # the new name, too, has to reach the disk
-        os.close(folder)
-
-
-def read_args(folder: Path) -> Args | None:
-    """The flags that the run in a folder began with; None where no run has begun."""
-    path = folder / "args.json"
-    if not path.exists():
-        if any(file.name != "lock" and file.suffix != ".tmp" for file in folder.glob("*")):
-            raise ValueError(f"--resume: {folder} is neither the folder of a run nor empty")
-        return None
-    here = {"resume": folder, "runs_dir": Path("runs")}
-    try:
-        flags = json.loads(path.read_text())
-        flags["device"] = flags["device"].replace("cuda", "auto")  # there may be none here
-        return Args(**flags | here)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--resume: {path} is damaged, or of another version: {error}") from None
-
-
-def refuse_changes(args: Args) -> None:
-    """Raises ValueError if a flag differs that a resumed run cannot change."""
-    may_change = {"device", "resume", "runs_dir", "checkpoint_every", "save_every", "log_every"}
-    if not args.anneal_lr:  # a falling rate depends on it from the first update on
-        may_change.add("total_timesteps")
-    began_with = args.resume and read_args(args.resume)
-    for name, value in asdict(began_with).items() if began_with else ():
-        if name not in may_change and getattr(args, name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            why = " while the learning rate falls" if name == "total_timesteps" else ""
-            raise ValueError(f"{flag}: {args.resume} began with {value}; that cannot change{why}")
-
-
-def load_checkpoint(folder: Path, args: Args) -> dict[str, Any]:
-    """The checkpoint in a folder, {} where a run begins. ValueError if damaged or foreign."""
-    path = folder / "checkpoint.pth"
-    if not path.exists():
-        if any(file.name != "weight_0.pth" for file in folder.glob("weight_*.pth")):
-            raise ValueError(f"{path} is missing; a new start would overwrite the weights")
-        return {}
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise ValueError
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if (checkpoint["env_id"], len(checkpoint["envs"])) != (args.env_id, args.num_envs):
-            raise ValueError  # the message comes below
-    except OSError:
-        raise
-    except Exception:  # damage makes zipfile and torch.load raise nearly anything
-        raise ValueError(f"{path} is damaged, of another version, or not of this run") from None
-    return checkpoint
-
-
-@contextmanager
-def stop_requests(received: list[int]):
-    """Ctrl-C and SIGTERM add their number to a list, and the update under way is finished.
-
-    A second one ends everything at once, in case a worker hangs. Within half a second it is taken
-    for the same request: timeout(1) sends each twice, torchrun one that the ranks had already.
-    """
-    first = math.inf
-
-    def receive(signum, _):
-        nonlocal first
-        if time.monotonic() > first + 0.5:
-            for process in torch.multiprocessing.active_children():
-                process.kill()
-            os._exit(128 + signum)
-        first = min(first, time.monotonic())
-        received.append(signum)
-
-    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
+        part.replace(path)
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        part.unlink(missing_ok=True)
 
 
-def train(args: Args) -> dict:
+def read_run(args: Args) -> tuple[Args, dict[str, Any]]:
+    """Flags and checkpoint of the run that goes on; the flags as given and {} where one begins."""
+    if not args.resume or not (args.resume / "args.json").exists():
+        return args, {}
+    here, checkpoint = {"resume": args.resume, "runs_dir": args.runs_dir}, {}
+    try:
+        run_args = Args(**json.loads((args.resume / "args.json").read_text()) | here)
+        if (path := args.resume / "checkpoint.pth").exists():
+            checkpoint = torch.load(path, "cpu", weights_only=True)
+            checkpoint["progress"]["to_log"]  # version 0.2 had none
+    except Exception as error:  # damage makes torch.load raise nearly anything
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{args.resume} is damaged, or of another version ({why})") from None
+    for name, value in asdict(args).items():
+        if value not in (its := getattr(run_args, name), getattr(Args(**here), name)):
+            raise ValueError(f"--{name}: the run in {args.resume} has {its}, not {value}")
+    return run_args, checkpoint
+
+
+def join_ranks(args: Args, checkpoint: dict) -> None:
+    """Connects the ranks of torchrun; ValueError where they would wait for ever or learn apart."""
+    several_hosts = WORLD_SIZE > int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+    if several_hosts and "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo often guesses lo
+        raise ValueError("set GLOO_SOCKET_IFNAME to the network interface to the other machines")
+    # gloo works with and without GPUs; it waits five minutes for a rank that is missing.
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    mine = asdict(args) | {"device": None, "resume": None, "runs_dir": None}
+    mine["timesteps"] = checkpoint and checkpoint["progress"]["timesteps"]
+    if any(other != mine for other in gather([mine])):
+        raise ValueError("the ranks were given different flags, or see different checkpoints")
+
+
+def train(args: Args) -> dict[str, Any]:
     """A run, from its start or its last checkpoint; returns what result.json says.
 
-    To be called in the main thread, which alone receives signals: Ctrl-C and SIGTERM end it early
-    with everything saved (SIGTERM by SystemExit with code 143). Raises ValueError for bad input, a
-    gradient that is not finite or a worker that died, OSError when a file cannot be written.
+    Raises ValueError for bad input and a gradient that is not finite, OSError for a file that
+    cannot be written and a worker that died. Whatever ends a run, what it learnt is saved.
     """
-    if args.num_envs % WORLD_SIZE:
-        raise ValueError(f"--num-envs must be a multiple of {WORLD_SIZE}, the number of ranks")
+    args, checkpoint = read_run(args)
     with make_env(args.env_id) as env:
         num_actions = int(env.action_space.n)
-    try:
-        storage = RolloutStorage(args.num_steps, args.num_envs // WORLD_SIZE)
-    except RuntimeError:
-        raise ValueError("--num-envs, --num-steps: not enough memory for so many") from None
-    if platform.libc_ver()[0] == "glibc":  # keep the memory that an update frees: 13% more steps/s
+    name = f"a2c_breakout__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = args.resume or args.runs_dir / name
+    if RANK == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / "lock", "w")  # held until it is closed, when this function ends
+        try:
+            os.lockf(lock.fileno(), os.F_TLOCK, 0)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {run_dir}") from None
+        except (AttributeError, OSError):  # Windows and some network disks have no locks
+            pass
+    if sys.platform == "linux":  # keep the memory that an update frees: 13% more steps/s
         for option, size in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, size)
     torch.manual_seed(args.seed)  # the same network on all ranks
-    network = ActorCritic(num_actions, args.bf16).share_memory()
-    run = Run(args)
-    with start_workers(args, network, storage) as tell_workers:
-        if WORLD_SIZE > 1:
-            # gloo works with and without GPUs. After the fork, which would copy its threads' locks.
-            dist.init_process_group("gloo")
-        with stop_requests(run.stop_signals):
-            learn(args, network, storage, tell_workers, run)
-            result = run.finish()
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    if signal.SIGTERM in run.stop_signals:
-        sys.exit(128 + signal.SIGTERM)
+    try:
+        network = ActorCritic(num_actions).share_memory()
+        storage = RolloutStorage(args.num_steps, args.num_envs // WORLD_SIZE)
+    except RuntimeError:
+        raise ValueError("--num-envs, --num-steps: not enough shared memory") from None
+    workers = start_workers(args, network, storage, checkpoint.get("envs", []))
+    try:
+        if WORLD_SIZE > 1:  # after the fork, which would copy the locks of gloo's threads
+            join_ranks(args, checkpoint)
+        save(run_dir / "args.json", asdict(args))
+        goes_on = checkpoint and f"goes on at timestep {checkpoint['progress']['timesteps']}"
+        say(f"{network}\\n{args.env_id}: {goes_on or 'begins'} in {run_dir}")
+        progress = learn(args, network, storage, workers, run_dir, checkpoint)
+    except (EOFError, ConnectionError):
+        raise OSError(f"a worker process died; go on with --resume {run_dir}") from None
+    finally:
+        for pipe in workers:
+            pipe.close()  # its worker ends
+    versions = {module.__name__: module.__version__ for module in (ale_py, cv2, gym, np, torch)}
+    versions["python"] = sys.version.split()[0]
+    result = {"seed": args.seed, "versions": versions, **progress}
+    save(run_dir / "result.json", result)
+    how = f"; go on with --resume {run_dir}" if stop_requests else ""
+    say(f"{progress['timesteps']} timesteps are done{how}. Everything is in {run_dir}")
+    say(f"Watch it: python play_breakout.py --weights {run_dir / 'weight_end.pth'}")
     return result
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the flags; with --resume, those that the run began with are the defaults."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    folder = parser.parse_known_args(argv)[0].resume
-    return tyro.cli(Args, args=argv, default=folder and read_args(folder))
+def request_stop(signum: int, _) -> None:
+    """Has learn stop after its update; again, it ends all at once, as a worker may hang."""
+    # Within a second it is the same request: timeout and torchrun send a signal twice.
+    if time.monotonic() > stop_requests.setdefault(signum, time.monotonic()) + 1:
+        for process in torch.multiprocessing.active_children():
+            process.kill()
+        os._exit(128 + signum)
 
 
 if __name__ == "__main__":
+    for signum in STOP_SIGNALS:
+        if signum == signal.SIGINT or signal.getsignal(signum) == signal.SIG_DFL:  # not by nohup
+            signal.signal(signum, request_stop)
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     try:
-        train(parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if WORLD_SIZE == 1:
-            raise
-        sys.exit(f"error: rank {RANK} stopped ({error}); did another rank say why?")
+        train(tyro.cli(Args))
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and WORLD_SIZE == 1:
+            raise  # a fault of this program; with several ranks, another one has gone
+        sys.exit(f"error: {error}" if WORLD_SIZE == 1 else f"error: rank {RANK}: {error}")
+    if stop_requests and signal.SIGINT not in stop_requests:
+        sys.exit(128 + min(stop_requests))

@@ -28,9 +28,8 @@ synchronous; frames and network of Mnih et al., Nature 518, 2015, Methods.
     python a2c_breakout.py --resume runs/a2c_breakout__1__...    # goes on, bit for bit on a CPU
     torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64    # several processes (or machines)
 
-A timestep is one decision in one game, four frames of the emulator. To the learner a life is an
-episode; the curves show whole games of five lives. The algorithm is in compute_returns,
-compute_losses and learn, the game in the wrappers and in work; the rest keeps a long run safe.
+A timestep is one decision in one game, four frames; to the learner a life is an episode. Read
+compute_returns, compute_losses and learn first, then the wrappers and work: the rest is the run.
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in the flags that its recipe
 sets: --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
@@ -88,7 +87,9 @@ class Args:
     rmsprop_eps: float = 1e-5  # term in RMSprop's denominator, above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
-    max_idle_steps: int = 400  # end a game after so many decisions without reward; 0: never
+    # End a game after so many decisions without a reward, 0: never; by default Breakout's after 400.
+    max_idle_steps: int | None = None
+    sticky_actions: float = 0.0  # chance that the last action goes on (Machado et al. 2018: 0.25)
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
     entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
@@ -100,15 +101,16 @@ class Args:
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         self.resume = Path(os.path.expanduser(self.resume)) if self.resume else None
-        batch = self.num_envs * self.num_steps
+        if self.max_idle_steps is None:  # in Breakout the ball can fly in a loop for ever
+            self.max_idle_steps = 400 if self.env_id.startswith("Breakout") else 0
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
-            ("num_envs", lambda x: x % WORLD_SIZE == 0, f"a multiple of {WORLD_SIZE}, the ranks"),
-            ("total_timesteps", lambda x: x >= batch, f"{batch} or more"),
+            ("num_envs", lambda x: x % WORLD_SIZE == 0, f"a multiple of the {WORLD_SIZE} ranks"),
+            ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "enough for an update"),
             ("max_idle_steps", lambda x: x >= 0, "0 or more"),
             ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "0 or more"),
             ("learning_rate rmsprop_eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0"),
-            ("average_decay", lambda x: 0 <= x < 1, "from 0 to below 1"),
+            ("average_decay sticky_actions", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
             ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
             ("device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu (no CUDA)"),
@@ -225,7 +227,7 @@ class FrameStack(gym.ObservationWrapper):
         return self.frames
 
 
-def make_env(env_id: str, max_idle_steps: int = 0) -> gym.Env:
+def make_env(env_id: str, max_idle_steps: int = 0, sticky_actions: float = 0.0) -> gym.Env:
     """The game in its wrappers; ValueError for anything but an Atari game without frame skip."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     gym.register_envs(ale_py)
@@ -233,8 +235,9 @@ def make_env(env_id: str, max_idle_steps: int = 0) -> gym.Env:
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
     # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
     frames = 65_536 if env_id.startswith("Breakout") else 108_000
+    options = {"max_num_frames_per_episode": frames, "repeat_action_probability": sticky_actions}
     # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
-    game = gym.make(env_id, obs_type="ram", max_num_frames_per_episode=frames).unwrapped
+    game = gym.make(env_id, obs_type="ram", **options).unwrapped
     return FrameStack(Warp(EpisodicLife(MaxAndSkip(NoopReset(game)), max_idle_steps)))
 
 
@@ -303,10 +306,7 @@ class RolloutStorage:
 
 @torch.no_grad()
 def work(pipe, learners_end, args: Args, network: ActorCritic, storage, mine: slice, states: list):
-    """A worker process: plays T steps in a slice of the environments whenever it is told to.
-
-    It answers with the games that ended, (timestep, score, length), and the environments' states.
-    """
+    """A worker process: plays T steps in a slice of the environments for each update it is sent."""
     learners_end.close()  # our copy of it, which would keep recv() waiting for a dead learner
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # it is the learner that is asked to stop
@@ -315,7 +315,7 @@ def work(pipe, learners_end, args: Args, network: ActorCritic, storage, mine: sl
     observations = storage.observations[:, mine]  # (T + 1, n, 4, 84, 84)
     actions = storage.actions[:, mine].numpy()  # (T, n)
     rewards, masks = storage.rewards[:, mine].numpy(), storage.masks[:, mine].numpy()  # (T, n)
-    envs = [make_env(args.env_id, args.max_idle_steps) for _ in actions[0]]
+    envs = [make_env(args.env_id, args.max_idle_steps, args.sticky_actions) for _ in actions[0]]
     first = RANK * args.num_envs // WORLD_SIZE + mine.start  # the number of its first environment
     # Hashed from the run's seed: with seed + i, runs 1 and 2 would share environments.
     seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
@@ -329,7 +329,7 @@ def work(pipe, learners_end, args: Args, network: ActorCritic, storage, mine: sl
         while True:
             update = pipe.recv()
             observations[0] = observations[-1]  # goes on where the last rollout ended
-            games = []
+            games = []  # that ended: (timestep, score, length)
             for t in range(args.num_steps):
                 _, logits = network(observations[t])  # (n, num_actions)
                 # argmax(logits + Gumbel noise) is a draw from softmax(logits). Each environment has
@@ -414,8 +414,7 @@ def gather(values: list) -> list:
 
 def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict) -> dict[str, Any]:
     """Trains until the end or a stop request, logs and saves; returns how far the run has come."""
-    # The workers play with the network, the learner is trained. On a CPU they are one and the same;
-    # on CUDA the learner's weights are copied to the network for each rollout.
+    # The workers play with the network, the learner learns: one and the same, but not on CUDA.
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu"
     learner = copy.deepcopy(network).to(device) if on_cuda else network
@@ -471,11 +470,12 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             if not grad_norm.isfinite():
                 raise ValueError(f"update {update}: gradient not finite, lower the learning rate")
             optimizer.step()
-            # Every tenth is enough for an average: those in between are nearly the same.
+            # An average for play; no target uses it. Every tenth is enough: the others are alike.
             if update % 10 == 0 or args.average_decay == 0:
+                decay = min(args.average_decay, update / (update + 100))  # faster at first
                 with torch.no_grad():
                     for mean, weight in zip(averaged.parameters(), parameters):
-                        mean.lerp_(weight.cpu(), 1 - args.average_decay)
+                        mean.lerp_(weight.cpu(), 1 - decay)
 
             # 5. log, and save now and then
             run["envs"] = states

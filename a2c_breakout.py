@@ -87,7 +87,7 @@ class Args:
     rmsprop_eps: float = 1e-5  # term in RMSprop's denominator, above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
-    # End a game after so many decisions without a reward, 0: never; by default Breakout's after 400.
+    # Cut a game after so many decisions without a reward, 0: never; by default Breakout after 400.
     max_idle_steps: int | None = None
     sticky_actions: float = 0.0  # chance that the last action goes on (Machado et al. 2018: 0.25)
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
@@ -106,7 +106,7 @@ class Args:
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
             ("num_envs", lambda x: x % WORLD_SIZE == 0, f"a multiple of the {WORLD_SIZE} ranks"),
-            ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "enough for an update"),
+            ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
             ("max_idle_steps", lambda x: x >= 0, "0 or more"),
             ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "0 or more"),
             ("learning_rate rmsprop_eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0"),
@@ -627,7 +627,7 @@ def train(args: Args) -> dict[str, Any]:
             join_ranks(args, checkpoint)
         save(run_dir / "args.json", asdict(args))
         goes_on = checkpoint and f"goes on at timestep {checkpoint['progress']['timesteps']}"
-        say(f"{network}\\n{args.env_id}: {goes_on or 'begins'} in {run_dir}")
+        say(f"{network}\n{args.env_id}: {goes_on or 'begins'} in {run_dir}")
         progress = learn(args, network, storage, workers, run_dir, checkpoint)
     except (EOFError, ConnectionError):
         raise OSError(f"a worker process died; go on with --resume {run_dir}") from None

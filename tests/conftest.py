@@ -1,4 +1,7 @@
-"""Lets the tests import each script by its name, as a user's own project would after copying it."""
+"""Lets the tests import each script by its name, as a user's own project would after copying it.
+
+Tests marked slow are skipped unless pytest is given --slow.
+"""
 
 import os
 import sys
@@ -12,6 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 # Only on a CPU is the same seed the same run, to the bit.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; only with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items if not config.getoption("--slow") else ():
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
 
 
 @pytest.fixture

@@ -18,14 +18,15 @@ DEFAULTS = {
                          hidden_size=32, learning_rate=0.01, gamma=0.99, value_loss_coef=0.5,
                          entropy_coef=0.01, max_grad_norm=0.5, average_decay=0.975, weights=None,
                          seed=0),
-    "a2c_breakout": dict(env_id="BreakoutNoFrameskip-v4", bf16=False, num_envs=16, num_steps=5,
+    "a2c_breakout": dict(env_id="BreakoutNoFrameskip-v4", num_envs=16, num_steps=5,
                          total_timesteps=10_000_000, learning_rate=7e-4, anneal_lr=True,
-                         rmsprop_alpha=0.99, rmsprop_eps=1e-5, gamma=0.99, clip_rewards=True,
-                         max_idle_steps=400, value_loss_coef=0.25, entropy_coef=0.01,
+                         rmsprop_eps=1e-5, gamma=0.99, clip_rewards=True, max_idle_steps=400,
+                         sticky_actions=0, value_loss_coef=0.25, entropy_coef=0.01,
                          max_grad_norm=0.5, average_decay=0.99, resume=None,
-                         checkpoint_every=2000, save_every=12_500, log_every=100, seed=1),
+                         checkpoint_every=2000, seed=1),
     "play_breakout": dict(random=False, target_score=400, max_attempts=100, full_games=None,
-                          greedy=False, gif=False, env_id="BreakoutNoFrameskip-v4", seed=10_000),
+                          greedy=False, gif=False, env_id="BreakoutNoFrameskip-v4",
+                          sticky_actions=0, seed=10_000),
 }  # fmt: skip
 PLACES = {"device", "runs_dir", "data_dir"}
 

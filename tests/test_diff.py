@@ -79,16 +79,16 @@ if not grad_norm.isfinite():
 optimizer.step()
 with torch.no_grad():
 for mean, weight in zip(averaged.parameters(), parameters):
-mean.lerp_(weight, 1 - args.average_decay)
+mean.lerp_(weight
 # 5. log
-if update %
 """
 
 
 def loop(name: str) -> list[str]:
-    """The lines of the outermost loop of learn, without their indentation."""
+    """The lines of learn's longest loop, without their indentation."""
     [learn] = [x for x in ast.parse(source(name)).body if getattr(x, "name", None) == "learn"]
-    [found] = [node for node in learn.body if isinstance(node, (ast.For, ast.While))]
+    loops = [node for node in ast.walk(learn) if isinstance(node, (ast.For, ast.While))]
+    found = max(loops, key=lambda node: node.end_lineno - node.lineno)
     return [line.strip() for line in source(name).splitlines()[found.lineno : found.end_lineno]]
 
 

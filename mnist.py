@@ -31,16 +31,18 @@ Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorith
     python mnist.py --data-dir FOLDER           # no download if the four files are in FOLDER
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018):
-- The 60,000 training and 10,000 test images are the data set's own split, so that results compare
-  with anyone's. The book splits 6:1 at random: its image 2020 (see --image-index) is another one.
+- The 60,000 training and 10,000 test images are the data set's own, as in most other works. The
+  book splits all 70,000 at random: its image 2020 (see --image-index) is another one.
 - The learning rate falls linearly from 0.01 to 0 (--no-anneal-lr for the book's constant rate,
   whose last steps are still long). Mean accuracy over 20 seeds: 97.9% instead of 96.0%.
 """
 
 import gzip
 import hashlib
+import io
 import json
-import socket
+import os
+import signal
 import sys
 import time
 import zlib
@@ -49,6 +51,7 @@ from datetime import datetime
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
+from urllib.request import urlopen
 
 import cv2
 import numpy as np
@@ -74,11 +77,11 @@ def load_images(part: str, data_dir: Path, device: str) -> TensorDataset:
 # ---- step 2: make the loaders ----------------------------------------------------
 
 
-def make_loaders(
-    train_set: TensorDataset, test_set: TensorDataset, batch_size: int
-) -> tuple[DataLoader, DataLoader]:
+def make_loaders(train_set, test_set, batch_size: int) -> tuple[DataLoader, DataLoader]:
     """Batches of images (batch, 784) and labels (batch,); the last one may be smaller."""
     train_loader = DataLoader(train_set, batch_size, shuffle=True)  # in a new order each epoch
+    # Nothing is learnt from the test images, and nothing chosen by them, not even when to stop:
+    # only so do they show how well the network reads digits that are new to it.
     return train_loader, DataLoader(test_set, batch_size)
 
 
@@ -90,11 +93,13 @@ class Network(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.fc1 = nn.Linear(784, hidden_size)
+        self.fc1 = nn.Linear(784, hidden_size)  # fully connected: each unit sees all inputs
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 10)
 
     def forward(self, images: Tensor) -> Tensor:
+        # relu, the activation function, makes negative sums 0. Without it, three layers could do
+        # no more than one: weighted sums of weighted sums are weighted sums.
         hidden = torch.relu(self.fc1(images))  # (batch, hidden_size)
         hidden = torch.relu(self.fc2(hidden))  # (batch, hidden_size)
         return self.fc3(hidden)  # (batch, 10)
@@ -102,11 +107,11 @@ class Network(nn.Module):
 
 # ---- step 4: choose the loss and the optimiser -----------------------------------
 
-loss_function = nn.CrossEntropyLoss()  # takes the scores themselves: softmax is part of it
+loss_function = nn.CrossEntropyLoss()  # how wrong the scores are; softmax is part of it
 
 
 def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all weights; fused: a C++ loop in place of Python's, epochs 1.24 times as fast."""
+    """Adam on all weights; fused: a C++ loop in place of Python's, epochs 1.2 times as fast."""
     return torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
 
 
@@ -119,9 +124,9 @@ def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, ep
         scores = network(images)  # (batch, 784) -> (batch, 10)
         loss = loss_function(scores, labels)  # (), the mean over the batch
 
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        optimizer.zero_grad()  # forget the gradients of the last batch
+        loss.backward()  # backpropagation: the gradient of the loss for each weight
+        optimizer.step()  # change each weight a little, so that the loss falls
         scheduler.step()  # sets the learning rate of the next update
 
         if index % 50 == 0:
@@ -159,6 +164,8 @@ class Args:
     image_index: int = 2020  # the test image to classify and draw at the end, from 0 to 9999
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        self.data_dir = Path(os.path.expanduser(self.data_dir))
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (self.epochs >= 1, "--epochs must be 1 or more"),
@@ -194,30 +201,41 @@ def learn(args: Args, network: nn.Module, train_set, test_set, writer: SummaryWr
     return outcome | {"seconds_per_epoch": seconds / args.epochs}
 
 
+def save(path: Path, content: bytes) -> None:
+    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def train(args: Args) -> dict:
-    """A run: args.json, curves, weight_end.pth, pictures and result.json in a folder of its own."""
-    torch.set_num_threads(1)  # these matrices are too small to share
+    """A run: args.json, curves, weight_end.pth, result.json and pictures in a folder of its own."""
+    run_dir = args.runs_dir / f"mnist__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir.mkdir(parents=True)  # if it cannot be made, nothing is downloaded
+    save(run_dir / "args.json", json.dumps(asdict(args), indent=2, default=str).encode())
     torch.manual_seed(args.seed)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     train_set = load_images("train", args.data_dir, device)
     test_set = load_images("t10k", args.data_dir, device)
     start = time.perf_counter()
     network = Network(args.hidden_size).to(device)
-    run_dir = args.runs_dir / f"mnist__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
     print(f"{network}\nThe run's folder is {run_dir}")
-    with SummaryWriter(run_dir) as writer:
+    with SummaryWriter(run_dir, flush_secs=1) as writer:  # after Ctrl-C it may sleep until a flush
         try:
             outcome = learn(args, network, train_set, test_set, writer)
         finally:  # Ctrl-C keeps what was learnt
-            torch.save(network.state_dict(), run_dir / "weight_end.pth")
-    save_pictures(network, train_set, test_set, args.image_index, run_dir)
+            content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
+            torch.save(network.state_dict(), content)
+            save(run_dir / "weight_end.pth", content.getvalue())
     versions = {module.__name__: module.__version__ for module in (torch, np, cv2)}
     versions["python"] = sys.version.split()[0]
     seconds = time.perf_counter() - start
     result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2))
+    save(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    save_pictures(network, train_set, test_set, args.image_index, run_dir)
     print(f"Everything is in {run_dir}")
     return result
 
@@ -244,13 +262,13 @@ def save_pictures(network, train_set, test_set, image_index: int, run_dir: Path)
     errors = errors[confidence[errors].argsort(descending=True, stable=True)][:25]
     tiles = [draw(images[i], texts[i]) for i in errors]
     tiles += [np.full((268, 240), 255, np.uint8)] * (25 - len(tiles))  # white
-    first_image, first_label = train_set[0]
+    first_image, label = train_set[0]
     for name, picture in {
-        "first_training_image": draw(first_image, f"label {first_label}"),
+        "first_training_image": draw(first_image, f"label {label}"),
         f"test_image_{image_index}": draw(images[image_index], texts[image_index]),
         "most_wrong": np.vstack([np.hstack(tiles[i : i + 5]) for i in range(0, 25, 5)]),
     }.items():  # cv2.imwrite fails on Windows in a folder whose name is not ASCII
-        (run_dir / f"{name}.png").write_bytes(cv2.imencode(".png", picture)[1])
+        save(run_dir / f"{name}.png", cv2.imencode(".png", picture)[1].tobytes())
     print(f"test image {image_index}: {texts[image_index]}")
 
 
@@ -270,61 +288,69 @@ FILES = {  # SHA-256 of the unpacked content: it is the same however the file wa
 }
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """The array in a file, gzipped or not; ValueError if its checksum is not that in FILES."""
-    content = path.read_bytes()
-    try:
-        if content.startswith(b"\x1f\x8b"):  # as every gzip file does
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error):
-        raise ValueError("truncated or damaged") from None
-    if hashlib.sha256(content).hexdigest() != FILES[path.name.removesuffix(".gz")]:
-        raise ValueError("wrong checksum")
-    # IDX: 0, 0, 8 for bytes, the number of dimensions, their sizes in 4 bytes each, the values
+def read_idx(content: bytes) -> np.ndarray:
+    """IDX: 0, 0, 8 for bytes, the number of dimensions, their sizes in 4 bytes each, the values."""
     shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
-def download(url: str, path: Path) -> None:
-    """Saves a file once its last byte is here; an OSError or HTTPException leaves nothing."""
-    print(f"downloading {url}")
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
+def unpack(content: bytes, name: str) -> np.ndarray:
+    """The array in a file, gzipped or not; EOFError if damaged, ValueError if not MNIST's."""
     try:
-        torch.hub.download_url_to_file(url, str(path))
-    finally:
-        socket.setdefaulttimeout(timeout)
+        if content.startswith(b"\x1f\x8b"):  # as every gzip file does
+            content = gzip.decompress(content)
+        else:
+            read_idx(content)
+    except (OSError, EOFError, zlib.error, IndexError, ValueError):
+        raise EOFError("truncated or damaged") from None
+    if hashlib.sha256(content).hexdigest() != FILES[name]:
+        raise ValueError(f"not {name} of MNIST: wrong checksum")
+    return read_idx(content)
 
 
 def load_file(name: str, data_dir: Path) -> np.ndarray:
     """The array in one of FILES, from data_dir or else from the first mirror that has it whole.
 
-    A file with other content is renamed and kept, as it may be another data set. Raises ValueError
-    if no mirror helps, OSError if data_dir cannot be read or made.
+    A damaged file is renamed; that of another data set is left alone, and is a ValueError.
     """
-    packed = data_dir / f"{name}.gz"
-    for path in (data_dir / name, packed):
-        if path.exists():
-            try:
-                return read_idx(path)
-            except ValueError as error:
-                aside = f"{path.name}.{time.time_ns()}.bad"
-                print(f"{path} is not the file of MNIST ({error}): it is now {aside}")
-                path.rename(data_dir / aside)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    failures = []
-    for mirror in MIRRORS:
+    wanted = name.replace("-idx", "[-.]idx")  # Kaggle's are called train-images.idx3-ubyte
+    patterns = [wanted, f"{wanted}.gz", f"*/{wanted}", f"*/{wanted}.gz"]  # or a folder deeper
+    paths = [path for pattern in patterns for path in sorted(data_dir.glob(pattern))]
+    for path in filter(Path.is_file, paths):
         try:
-            download(mirror + packed.name, packed)
-            return read_idx(packed)
-        except (OSError, HTTPException, ValueError) as error:
+            return unpack(path.read_bytes(), name)
+        except EOFError as error:
+            aside = path.with_name(f"{path.name}.{time.time_ns()}.bad")
+            print(f"{path} is {error}: it is now {aside.name}")
+            path.rename(aside)
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}; choose another --data-dir") from None
+    data_dir.mkdir(parents=True, exist_ok=True)
+    packed, failures = data_dir / f"{name}.gz", []
+    for mirror in MIRRORS:
+        print(f"downloading {mirror}{packed.name}")
+        try:
+            with urlopen(mirror + packed.name, timeout=TIMEOUT) as response:
+                with tqdm.wrapattr(response, "read", total=response.length) as body:
+                    content = b"".join(iter(lambda: body.read(2**16), b""))
+            array = unpack(content, name)
+        except (OSError, HTTPException, EOFError, ValueError) as error:
             failures.append(f"{mirror}: {error}")
-            packed.unlink(missing_ok=True)
+        else:
+            save(packed, content)
+            return array
     advice = "put the four MNIST files there, or name their folder with --data-dir"
     raise ValueError(f"cannot download {packed} ({'; '.join(failures)}): {advice}")
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # these matrices are too small to share
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
+    for name in ("SIGTERM", "SIGHUP"):  # they keep what Ctrl-C keeps; Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, signal.default_int_handler)
     try:
         train(tyro.cli(Args))
     except (ValueError, OSError) as error:

@@ -4,7 +4,7 @@
 
 That is `python play_breakout.py --full-games 100 --weights FILE`; the rows go to
 benchmarks/results/breakout_scores_seed1.csv. The published scores are those of the seeds 10000 to
-10099, with which nothing is chosen; to choose between policies, use --seed 20000.
+10099, with which no policy is chosen; to choose between policies, use --seed 20000.
 """
 
 import argparse
@@ -24,11 +24,13 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--games", type=int, default=100)
     parser.add_argument("--seed", type=int, default=10_000, help="of the first game")
+    parser.add_argument("--sticky-actions", type=float, default=0, help="as in play_breakout.py")
     args = parser.parse_args()
 
     try:
         result = play_breakout.play(play_breakout.Args(
-            weights=args.weights, seed=args.seed, full_games=args.games, runs_dir=ROOT / "runs"
+            weights=args.weights, seed=args.seed, full_games=args.games,
+            sticky_actions=args.sticky_actions, runs_dir=ROOT / "runs",
         ))  # fmt: skip
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

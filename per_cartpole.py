@@ -441,7 +441,8 @@ def train(args: Args) -> dict:
     print(network)
     try:
         if not args.weights:
-            with SummaryWriter(run_dir) as writer:
+            # After Ctrl-C the writer may sleep until its next flush, by default for 2 minutes.
+            with SummaryWriter(run_dir, flush_secs=1) as writer:
                 outcome = learn(args, network, averaged, writer)
     finally:  # after Ctrl-C as well
         content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error

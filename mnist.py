@@ -31,7 +31,7 @@ Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorith
     python mnist.py --data-dir FOLDER           # no download if the four files are in FOLDER
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018):
-- The 60,000 training and 10,000 test images are the data set's own, as in most other works. The
+- The 60,000 training and 10,000 test images are the data set's own, so that results compare. The
   book splits all 70,000 at random: its image 2020 (see --image-index) is another one.
 - The learning rate falls linearly from 0.01 to 0 (--no-anneal-lr for the book's constant rate,
   whose last steps are still long). Mean accuracy over 20 seeds: 97.9% instead of 96.0%.
@@ -125,8 +125,8 @@ def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, ep
         loss = loss_function(scores, labels)  # (), the mean over the batch
 
         optimizer.zero_grad()  # forget the gradients of the last batch
-        loss.backward()  # backpropagation: the gradient of the loss for each weight
-        optimizer.step()  # change each weight a little, so that the loss falls
+        loss.backward()  # backpropagation: which way each weight moves the loss (its gradient)
+        optimizer.step()  # move each weight a little, so that the loss falls
         scheduler.step()  # sets the learning rate of the next update
 
         if index % 50 == 0:
@@ -135,7 +135,7 @@ def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, ep
         raise ValueError(f"epoch {epoch}: the loss is not finite; lower --learning-rate")
 
 
-@torch.no_grad()
+@torch.no_grad()  # nothing is learnt here
 def test(network: nn.Module, loader: DataLoader) -> int:
     """The number of images whose label has the highest score."""
     correct = 0
@@ -223,7 +223,7 @@ def train(args: Args) -> dict:
     start = time.perf_counter()
     network = Network(args.hidden_size).to(device)
     print(f"{network}\nThe run's folder is {run_dir}")
-    with SummaryWriter(run_dir, flush_secs=1) as writer:  # after Ctrl-C it may sleep until a flush
+    with SummaryWriter(run_dir, flush_secs=1) as writer:  # Ctrl-C may have to wait for a flush
         try:
             outcome = learn(args, network, train_set, test_set, writer)
         finally:  # Ctrl-C keeps what was learnt
@@ -256,8 +256,7 @@ def save_pictures(network, train_set, test_set, image_index: int, run_dir: Path)
     """Draws the first training image, one test image, and the 25 most confident errors."""
     images, labels = test_set.tensors  # (10000, 784), (10000,)
     confidence, predicted = network(images).softmax(dim=1).max(dim=1)  # both (10000,)
-    rows = zip(predicted, confidence, labels)
-    texts = [f"predicted {k} ({p:.1%}), true {y}" for k, p, y in rows]
+    texts = [f"predicted {k} ({p:.1%}), true {y}" for k, p, y in zip(predicted, confidence, labels)]
     errors = (predicted != labels).nonzero().flatten()
     errors = errors[confidence[errors].argsort(descending=True, stable=True)][:25]
     tiles = [draw(images[i], texts[i]) for i in errors]

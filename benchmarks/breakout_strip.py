@@ -2,15 +2,16 @@
 
     python benchmarks/breakout_strip.py runs/seed1 0 1000000 3600000
 
-Each policy, a weight_*.pth of the run's folder, plays whole games from the same seed on; when a
-game is over the next begins. Written to benchmarks/results/breakout_strip.gif: every third
-decision, 20 of them a second, so four times as fast as the game itself.
+Each policy, a weight_*.pth of the run's folder, plays ten whole games, seeds 10000 to 10009. Shown
+is the one with the fifth best score, a median, from its first decision to its last, so that nobody
+picks a game. A game that is over stays on its last screen until the longest is over as well.
+Written to benchmarks/results/breakout_strip.gif: 600 frames, 20 of them a second, and as many
+decisions between two of them as that takes.
 """
 
 import argparse
 import json
 import sys
-from itertools import count
 from pathlib import Path
 
 import cv2
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from play_breakout import Game, act, load_network, make_env
 
-EVERY, GAP, HEADING = 3, 12, 36  # decisions; pixels between two screens and above them
+GAP, HEADING = 12, 36  # pixels between two screens and above them
 
 
 def weights_after(run: Path, timesteps: int) -> Path:
@@ -37,18 +38,22 @@ def weights_after(run: Path, timesteps: int) -> Path:
     return run / f"weight_{update}.pth"
 
 
-def screens(weights: Path, seed: int, num_frames: int) -> list[np.ndarray]:
-    """Every third screen, (210, 160, 3) uint8, of the games that a policy plays one by one."""
+def median_game(weights: Path, seeds: range) -> list[np.ndarray]:
+    """All screens, (210, 160, 3) uint8, of the game whose score is in the middle."""
     env = make_env("BreakoutNoFrameskip-v4", whole_games=True)
-    network, frames = load_network(weights, env.action_space.n), []
-    for game_seed in count(seed):
-        game = Game(env, game_seed, whole=True)
+    network, games = load_network(weights, env), []
+    for seed in seeds:
+        game = Game(env, seed, whole=True)
         while game.score is None:
-            if len(game.actions) % EVERY == 0:
-                frames.append(env.unwrapped.ale.getScreenRGB())
-            if len(frames) == num_frames:
-                return frames
             game.step(act(network, [game], greedy=False, device="cpu")[0])
+        games.append(game)
+    shown = sorted(games, key=lambda game: -game.score)[(len(games) - 1) // 2]
+    again, screens = Game(env, shown.seed, whole=True), []
+    for action in shown.actions:
+        screens.append(env.unwrapped.ale.getScreenRGB())
+        again.step(action)
+    print(f"{weights}: seed {shown.seed}, score {shown.score:g}, {len(screens)} decisions")
+    return screens
 
 
 def with_heading(screen: np.ndarray, text: str) -> np.ndarray:
@@ -67,19 +72,23 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("timesteps", type=int, nargs="+", help="such as 0 1000000 3600000")
     parser.add_argument("--seed", type=int, default=10_000, help="of each policy's first game")
+    parser.add_argument("--games", type=int, default=10, help="of each policy")
     parser.add_argument("--frames", type=int, default=600, help="of the GIF")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    columns = []
+    seeds = range(args.seed, args.seed + args.games)
     try:
-        for timesteps in tqdm(args.timesteps, unit="policy"):
-            film = screens(weights_after(args.run, timesteps), args.seed, args.frames)
-            text = f"{timesteps:,} timesteps"
-            columns.append([with_heading(screen, text) for screen in film])
+        films = [median_game(weights_after(args.run, t), seeds) for t in tqdm(args.timesteps)]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    frames = [np.concatenate(panels, axis=1)[:, :-GAP] for panels in zip(*columns)]
+    moments = np.linspace(0, max(map(len, films)) - 1, args.frames).astype(int)
+    headings = [f"{timesteps:,} timesteps" for timesteps in args.timesteps]
+    frames = []
+    for moment in moments:
+        screens = [film[min(moment, len(film) - 1)] for film in films]
+        panels = [with_heading(screen, text) for screen, text in zip(screens, headings)]
+        frames.append(np.concatenate(panels, axis=1)[:, :-GAP])
     save_gif(RESULTS / "breakout_strip.gif", frames, fps=20)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -10,25 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import dqn_cartpole
-from dqn_cartpole import Args, Batch, QNetwork, ReplayMemory, book_reward, learn, td_targets
+from dqn_cartpole import Args, Batch, QNetwork, ReplayMemory, book_reward, learn
 
 CPU = torch.device("cpu")
 
 
-class Table(nn.Module):
-    """Looks action values up: the first component of a state is its row."""
+class Writer(defaultdict):
+    """Keeps the values of each curve."""
 
-    def __init__(self, values: list[list[float]]):
-        super().__init__()
-        self.values = nn.Parameter(torch.tensor(values))
+    def __init__(self):
+        super().__init__(list)
 
-    def forward(self, states):
-        return self.values[states[..., 0].long()]
-
-
-class NoWriter:
-    def add_scalar(self, *args):
-        pass
+    def add_scalar(self, tag, value, step):
+        self[tag].append(value)
 
 
 class ScriptedEnv:
@@ -51,10 +46,10 @@ class ScriptedEnv:
         return np.zeros(4, np.float32), 1.0, self.left == 0, False, {}
 
 
-def learn_with_lengths(monkeypatch, lengths, network=None, **values) -> dict:
+def learn_with_lengths(monkeypatch, lengths, **values) -> dict:
     monkeypatch.setattr(dqn_cartpole, "make_env", lambda: ScriptedEnv(lengths))
-    network = network or QNetwork(32, True)
-    return learn(Args(**values), network, copy.deepcopy(network), NoWriter())
+    network = QNetwork(32, True)
+    return learn(Args(**values), network, copy.deepcopy(network), Writer())
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -68,17 +63,10 @@ def memory_of(count: int, capacity: int) -> ReplayMemory:
     return memory
 
 
-def test_memory_overwrites_the_oldest():
-    memory = memory_of(13, capacity=10)
-    assert len(memory) == 10
-    assert sorted(memory.rewards[:, 0]) == list(range(3, 13))
-    memory.push(np.zeros(4), 0, 99.0, np.zeros(4), False)
-    assert sorted(memory.rewards[:, 0]) == [*range(4, 13), 99]
-
-
-def test_memory_keeps_the_parts_of_a_transition_together():
-    batch = memory_of(13, capacity=10).sample(64, CPU)
-    i = batch.rewards  # (64, 1)
+def test_memory_keeps_the_newest_and_their_parts_together():
+    batch = memory_of(13, capacity=10).sample(200, CPU)
+    i = batch.rewards  # (200, 1)
+    assert sorted(set(i[:, 0].tolist())) == list(range(3, 13))
     assert torch.equal(batch.states, i.expand(-1, 4))
     assert torch.equal(batch.next_states, batch.states + 0.5)
     assert torch.equal(batch.actions, (i % 2).long())
@@ -86,60 +74,55 @@ def test_memory_keeps_the_parts_of_a_transition_together():
     assert batch.states.dtype == batch.next_states.dtype == torch.float32
 
 
+def assert_frequencies(batch: Batch, probabilities: np.ndarray) -> None:
+    """Chi-square of the rewards drawn, 0, 1, 2 ..., up to its mean and 4 standard deviations."""
+    counts = np.bincount(batch.rewards[:, 0].long().numpy(), minlength=len(probabilities))
+    expected = len(batch.rewards) * np.asarray(probabilities)
+    assert not counts[expected == 0].any()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = len(counts) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)
+
+
 @pytest.mark.parametrize(("count", "capacity"), [(25, 40), (47, 40)])  # partly filled; overwritten
 def test_memory_samples_uniformly(count, capacity):
-    memory = memory_of(count, capacity)
-    draws = memory.sample(40_000, CPU).rewards[:, 0].long().numpy()
-    counts = np.bincount(draws, minlength=count)[max(0, count - capacity) :]
-    expected = 40_000 / len(counts)
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    freedom = len(counts) - 1
-    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # mean and 4 standard deviations
-    assert counts.sum() == 40_000
+    stored = np.arange(count) >= count - capacity
+    assert_frequencies(memory_of(count, capacity).sample(40_000, CPU), stored / stored.sum())
 
 
 # ---- targets and updates -----------------------------------------------------------------------
 
 
-def test_targets_by_hand():
-    """From states 0, 0, 1 with actions 0, 1, 1 to states 1, 2, 2; the last ended its episode."""
-    network = Table([[0.0, 0.0], [1.0, 3.0], [5.0, 2.0]])
-    states, next_states = torch.zeros(3, 4), torch.zeros(3, 4)
-    states[:, 0], next_states[:, 0] = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
-    rewards, not_done = torch.tensor([[0.5], [0.0], [-1.0]]), torch.tensor([[1.0], [1.0], [0.0]])
-    batch = Batch(states, torch.tensor([[0], [1], [1]]), rewards, next_states, not_done)
-    targets = td_targets(network, batch, 0.9)
-    torch.testing.assert_close(targets, torch.tensor([[0.5 + 0.9 * 3], [0.9 * 5], [-1.0]]))
-    assert not targets.requires_grad
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_every_step_is_adam_on_the_huber_loss_and_the_average_follows(monkeypatch, decay):
-    """Replays each update with the same batch on a copy of the network."""
+    """Replays each update with its batch on a copy of the network, and compares the curves."""
     torch.manual_seed(0)
-    network, batches = QNetwork(32, zero_init=False), []
+    network, batches, writer = QNetwork(32, zero_init=False), [], Writer()
     sample = ReplayMemory.sample
 
     def spied(memory, batch_size, device):
         assert (memory.capacity, batch_size) == (5000, 16)
-        batches.append(sample(memory, batch_size, device))
-        return batches[-1]
+        batches.append((len(writer["charts/episode"]), sample(memory, batch_size, device)))
+        return batches[-1][1]
 
     monkeypatch.setattr(ReplayMemory, "sample", spied)
     args = Args(num_episodes=5, average_decay=decay, learning_rate=0.01, gamma=0.9,
                 memory_size=5000, batch_size=16)  # fmt: skip
     expected, averaged = copy.deepcopy(network), copy.deepcopy(network)
     average = nn.utils.parameters_to_vector(network.parameters()).detach()
-    learn(args, network, averaged, NoWriter())
+    learn(args, network, averaged, writer)
 
     optimizer = torch.optim.Adam(expected.parameters(), 0.01, fused=True)
-    for batch in batches:
+    last = {}  # loss and mean value of each episode's last update
+    for episode, batch in batches:
         with torch.no_grad():
             best = expected(batch.next_states).max(dim=1).values
         targets = batch.rewards[:, 0] + 0.9 * batch.not_done[:, 0] * best
         values = expected(batch.states)[torch.arange(16), batch.actions[:, 0]]
+        loss = F.huber_loss(values, targets)
+        last[episode] = loss.item(), values.mean().item()
         optimizer.zero_grad()
-        F.huber_loss(values, targets).backward()
+        loss.backward()
         optimizer.step()
         weights = nn.utils.parameters_to_vector(expected.parameters()).detach()
         average = decay * average + (1 - decay) * weights
@@ -147,6 +130,8 @@ def test_every_step_is_adam_on_the_huber_loss_and_the_average_follows(monkeypatc
     for ours, theirs in [(network, weights), (averaged, average)]:
         vector = nn.utils.parameters_to_vector(ours.parameters())
         torch.testing.assert_close(vector, theirs, rtol=1e-4, atol=1e-5)
+    curves = zip(writer["losses/td_loss"], writer["losses/q_values"], strict=True)
+    np.testing.assert_allclose([*curves], [*last.values()], rtol=1e-3, atol=1e-5)
 
 
 def test_one_update_per_step_once_a_batch_is_stored(monkeypatch):
@@ -179,14 +164,6 @@ def test_book_reward():
     assert book_reward(1, done=False) == book_reward(199, done=False) == 0.0
 
 
-def test_the_environment_ends_an_episode_after_200_steps():
-    env = dqn_cartpole.make_env()
-    state, _ = env.reset(seed=0)
-    for step in range(1, 201):
-        state, _, terminated, truncated, _ = env.step(int(state[2] + state[3] > 0))
-        assert not terminated and truncated == (step == 200)
-
-
 def test_epsilon_is_half_divided_by_the_episode(monkeypatch):
     """Counts the steps in which the network is asked; in the others the action is random."""
     env = ScriptedEnv([4000, 4000, 4000, 4000])
@@ -199,7 +176,7 @@ def test_epsilon_is_half_divided_by_the_episode(monkeypatch):
 
     monkeypatch.setattr(dqn_cartpole, "make_env", lambda: env)
     args = Args(num_episodes=4, batch_size=20_000, memory_size=20_000)  # too large for any update
-    learn(args, Asked(32, True), Asked(32, True), NoWriter())
+    learn(args, Asked(32, True), Asked(32, True), Writer())
     assert 1 - asked / 4000 == pytest.approx([1 / 2, 1 / 4, 1 / 6, 1 / 8], abs=0.03)
     # The network always says 0: half of the random actions are 1.
     assert np.mean(env.actions, axis=1) == pytest.approx([1 / 4, 1 / 8, 1 / 12, 1 / 16], abs=0.03)
@@ -208,16 +185,14 @@ def test_epsilon_is_half_divided_by_the_episode(monkeypatch):
 # ---- when it is solved -------------------------------------------------------------------------
 
 
-def test_solved_at_the_tenth_success_in_a_row(monkeypatch):
-    lengths = [200, 200, 195] + [196] * 9 + [10] + [196, 200] * 5
-    result = learn_with_lengths(monkeypatch, lengths, batch_size=10_000)
-    assert result == {"solved_episode": 22, "episodes": 23, "steps": sum(lengths)}
-
-
-def test_not_solved_within_the_episodes(monkeypatch):
-    lengths = [50] + [200] * 9
-    result = learn_with_lengths(monkeypatch, lengths, num_episodes=10, batch_size=10_000)
-    assert result == {"solved_episode": None, "episodes": 10, "steps": sum(lengths)}
+@pytest.mark.parametrize(
+    ("lengths", "solved"),
+    [([200, 200, 195] + [196] * 9 + [10] + [196, 200] * 5, 22), ([50] + [200] * 9, None)],
+)
+def test_solved_at_the_tenth_success_in_a_row(monkeypatch, lengths, solved):
+    count = len(lengths)
+    result = learn_with_lengths(monkeypatch, lengths, num_episodes=count, batch_size=10_000)
+    assert result == {"solved_episode": solved, "episodes": count, "steps": sum(lengths)}
 
 
 def test_the_time_limit_is_an_end_like_any_other(monkeypatch):
@@ -226,6 +201,6 @@ def test_the_time_limit_is_an_end_like_any_other(monkeypatch):
     monkeypatch.setattr(ReplayMemory, "push", lambda memory, *transition: pushed.append(transition))
     monkeypatch.setattr(QNetwork, "greedy_action", lambda _, state: int(state[2] + state[3] > 0))
     network = QNetwork(32, True)
-    learn(Args(num_episodes=1, epsilon=0), network, network, NoWriter())
+    learn(Args(num_episodes=1, epsilon=0), network, network, Writer())
     assert len(pushed) == 200
     assert [(reward, done) for _, _, reward, _, done in pushed[-2:]] == [(0.0, False), (1.0, True)]

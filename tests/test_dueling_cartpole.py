@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import ddqn_cartpole
 from dueling_cartpole import QNetwork
 
 
@@ -34,12 +33,6 @@ def test_adding_a_constant_to_the_advantages_changes_nothing(network):
         torch.testing.assert_close(network(states), before + 7.0, atol=1e-5, rtol=0)
 
 
-def test_one_state_and_a_batch_of_states_agree(network):
-    states = torch.randn(3, 4)
-    one_by_one = torch.stack([network(state) for state in states])
-    torch.testing.assert_close(one_by_one, network(states))
-
-
 def test_each_transition_teaches_the_value_of_both_actions(network):
     state = torch.randn(1, 4)
     network(state)[0, 0].backward()
@@ -49,9 +42,3 @@ def test_each_transition_teaches_the_value_of_both_actions(network):
 
 def test_zero_init_starts_all_values_at_zero():
     assert torch.equal(QNetwork(32, zero_init=True)(torch.randn(5, 4)), torch.zeros(5, 2))
-
-
-def test_the_shared_layers_are_those_of_double_dqn(network):
-    plain = ddqn_cartpole.QNetwork(32, zero_init=False)
-    for layer in ("fc1", "fc2"):
-        assert getattr(network, layer).weight.shape == getattr(plain, layer).weight.shape

@@ -36,7 +36,7 @@ EXPERIMENTS = {  # where an A2C may never stop, it gets fewer steps
         "--alpha 0", "--beta 0", "--beta 1", "--uniform-episodes 0", "--no-zero-init"
     ],
     "a2c_cartpole.py": [
-        "--num-steps 1 --total-timesteps 500000",
+        "--num-steps 1 --total-timesteps 200000",
         "--num-steps 20 --total-timesteps 500000",
         "--num-envs 1 --total-timesteps 100000",
         "--entropy-coef 0 --total-timesteps 500000",

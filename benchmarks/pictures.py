@@ -72,7 +72,7 @@ def read_seeds(name: str) -> list[tuple[list[int], list[float], bool]]:
     """Of each seed: where its episodes end, in steps of all environments; the mean length of the
     last (up to) 10 at each of these points; and whether it solved the task."""
     with open(RESULTS / f"cartpole_{name}.csv") as file:
-        solved = {row["seed"]: bool(row["solved_episode"]) for row in csv.DictReader(file)}
+        runs = {row["seed"]: row for row in csv.DictReader(file)}
     ends, lengths = defaultdict(list), defaultdict(list)
     with open(RESULTS / f"cartpole_{name}_episodes.csv") as file:
         for row in csv.DictReader(file):
@@ -81,10 +81,11 @@ def read_seeds(name: str) -> list[tuple[list[int], list[float], bool]]:
     seeds = []
     for seed, steps in lengths.items():
         means = [np.mean(steps[max(0, end - 10) : end]) for end in range(1, len(steps) + 1)]
-        if solved[seed]:  # its last episodes were successes
-            ends[seed].append(ends[seed][-1])
+        solved = bool(runs[seed]["solved_episode"])
+        if solved:  # the last episodes, of A2C those of all poles, were successes
+            ends[seed].append(int(runs[seed]["steps"]))
             means.append(200.0)
-        seeds.append((ends[seed], means, solved[seed]))
+        seeds.append((ends[seed], means, solved))
     return seeds
 
 

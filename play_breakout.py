@@ -7,7 +7,6 @@
 #     "numpy==2.4.6",
 #     "opencv-python==5.0.0.93",
 #     "torch==2.13.0",
-#     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 # ]
 # ///
@@ -19,35 +18,23 @@
     python play_breakout.py --full-games 100    # whole games: the score that others publish
     python play_breakout.py --random            # needs no policy: a first look at the game
 
-The policy is a probability for each action, and each action is drawn from it; --greedy takes the
-most likely one instead.
-
 An attempt is one life, with all bricks in place and no no-ops at its start. A whole game is five
 lives, as in training: 1 to 30 no-ops, then, after each lost life, the same bricks, one more no-op
-and an empty frame stack; its score is the sum over all lives. Attempt or game number i (from 1) is
-seeded with seed + i - 1 for its actions and no-ops, so that it is the same, up to rounding,
-whatever is played before it or beside it. A game that never ends, because the policy does not serve
-or the ball meets no brick any more, is cut after 65,536 frames, 18 minutes: from then on Breakout
-serves no ball. Other games are cut after 108,000.
+and an empty frame stack; it scores their sum. It is cut after 18 minutes, in other games 30.
 
-Each run leaves args.json, result.json and film.mp4 (with --gif also film.gif, with --random also
-first_screen.png) in runs/play_breakout__<seed>__<time>/. The film shows the screen after each
-decision at the speed of the game itself, 15 a second. The emulator is deterministic, so only the
-actions are kept, and those of the best attempt or game are played once more for the film.
+Each run leaves args.json, result.json and film.mp4 in runs/play_breakout__<seed>__<time>/. The film
+shows the best attempt or game, the screen after each decision, at the speed of the game itself.
 
-Environment and network are those of a2c_breakout.py, repeated so that this file runs alone.
-
-Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): gymnasium instead of gym (a game
-ends `terminated`, lost, or `truncated`, at the frame limit); screens are turned gray before, not
-after, the maximum of two is taken. A few gray levels differ: weights of either play in both.
+Environment and network are those of a2c_breakout.py, repeated so that this file runs alone. The
+weights of the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) play as well.
 """
 
 import json
-import math
-import platform
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -61,9 +48,9 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
-PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "a2c_breakout.pth"
+# Beside this file, or beside the notebook whose cell it is.
+PRETRAINED = Path(globals().get("__file__", ".")).parent / "pretrained" / "a2c_breakout.pth"
 
 
 @dataclass
@@ -71,26 +58,30 @@ class Args:
     """Play an Atari game with a policy of a2c_breakout.py, or at random."""
 
     weights: Path = PRETRAINED  # weights or checkpoint of a run, or weights of the book
-    random: bool = False  # show what the game looks like: at most 1000 random decisions
-    target_score: float = 400  # play lives until one scores more than this
+    random: bool = False  # a first look: all actions equally likely, and first_screen.png
+    target_score: float = 400  # play lives until one scores more than this; 400 is for Breakout
     max_attempts: int = 100  # lives to play at most, 1 or more
     full_games: int | None = None  # whole games to play instead, 1 or more
-    greedy: bool = False  # take the most likely action; all lives are alike then: one is played
+    greedy: bool = False  # take the most likely action; attempts that are all alike are played once
     gif: bool = False  # film a GIF as well, in the screen's own size of 160 x 210
     env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
+    sticky_actions: float = 0.0  # chance that the last action goes on (Machado et al. 2018: 0.25)
     seed: int = 10_000  # of the first attempt or game, the next has seed + 1; 0 or more
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
 
     def __post_init__(self):  # tyro shows the message
-        a_policy = self.weights != PRETRAINED or self.full_games is not None or self.greedy
+        self.weights = Path(os.path.expanduser(self.weights))
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        a_policy = self.weights != PRETRAINED or self.greedy
         for good, rule in [
-            (math.isfinite(self.target_score), "--target-score must be finite"),
+            (np.isfinite(self.target_score), "--target-score must be finite"),
             (self.max_attempts >= 1, "--max-attempts must be 1 or more"),
             (self.full_games is None or self.full_games >= 1, "--full-games must be 1 or more"),
+            (0 <= self.sticky_actions < 1, "--sticky-actions must be from 0 to below 1"),
             (0 <= self.seed < 2**31, "--seed must be from 0 to 2**31 - 1"),
             (self.device != "cuda" or torch.cuda.is_available(), "--device: there is no CUDA here"),
-            (not (self.random and a_policy), "--random takes no --weights, --full-games, --greedy"),
+            (not (self.random and a_policy), "--random takes no --weights and no --greedy"),
         ]:
             if not good:
                 raise ValueError(rule)
@@ -105,9 +96,7 @@ class NoopReset(gym.Wrapper):
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
         for _ in range(self.unwrapped.np_random.integers(1, 31)):
-            observation, _, terminated, truncated, info = self.env.step(0)
-            if terminated or truncated:
-                observation, info = self.env.reset()
+            observation, _, _, _, info = self.env.step(0)  # no game is over so soon
         return observation, info
 
 
@@ -150,13 +139,13 @@ class EpisodicLife(gym.Wrapper):
 
     def __init__(self, env: gym.Env, max_idle_steps: int = 0):
         super().__init__(env)
-        self.max_idle_steps = max_idle_steps
-        self.game = {"over": True}  # reset() adds lives, score, length, idle
+        self.max_idle_steps, self.game = max_idle_steps, {"over": True}
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        game, lives_before = self.game, self.game["lives"]
-        game["lives"] = self.unwrapped.ale.lives()
+        game, lives = self.game, self.unwrapped.ale.lives()
+        life_lost = 0 < lives < game["lives"]  # Qbert shows 0 for some frames before it is over
+        game["lives"] = lives
         game["score"] += reward
         game["length"] += 1
         game["idle"] = 0 if reward else game["idle"] + 1
@@ -164,8 +153,6 @@ class EpisodicLife(gym.Wrapper):
         game["over"] = terminated or truncated
         if game["over"]:
             info["game"] = (game["score"], game["length"])
-        # Qbert shows 0 lives for some frames before its game is over.
-        life_lost = 0 < game["lives"] < lives_before
         return observation, reward, terminated or life_lost, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -186,7 +173,7 @@ class Warp(gym.ObservationWrapper):
         return cv2.resize(observation, (84, 84), interpolation=cv2.INTER_AREA)
 
 
-class FrameStack(gym.Wrapper):
+class FrameStack(gym.ObservationWrapper):
     """Shows the last four frames, (4, 84, 84) uint8, the newest last: a single one shows no motion.
 
     The array is the same at every step: copy it if you keep it.
@@ -198,36 +185,27 @@ class FrameStack(gym.Wrapper):
         self.frames = np.zeros((4, 84, 84), np.uint8)
 
     def reset(self, **kwargs):
-        frame, info = self.env.reset(**kwargs)
         self.frames[:] = 0  # nothing of the life before
-        self.frames[-1] = frame
-        return self.frames, info
+        return super().reset(**kwargs)
 
-    def step(self, action):
-        frame, reward, terminated, truncated, info = self.env.step(action)
+    def observation(self, observation: np.ndarray) -> np.ndarray:
         self.frames[:-1] = self.frames[1:]
-        self.frames[-1] = frame
-        return self.frames, reward, terminated, truncated, info
+        self.frames[-1] = observation
+        return self.frames
 
 
-def make_game(env_id: str, obs_type: str = "ram") -> gym.Env:
-    """The bare game; ValueError for anything but an Atari game without frame skip."""
+def make_env(env_id: str, whole_games: bool, sticky_actions: float = 0.0) -> gym.Env:
+    """The game in its wrappers; ValueError for anything but an Atari game without frame skip."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     gym.register_envs(ale_py)
     if env_id not in gym.registry or not env_id.endswith("NoFrameskip-v4"):
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
     # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
-    max_frames = 65_536 if env_id.startswith("Breakout") else 108_000
+    frames = 65_536 if env_id.startswith("Breakout") else 108_000
+    options = {"max_num_frames_per_episode": frames, "repeat_action_probability": sticky_actions}
     # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
-    return gym.make(
-        env_id, obs_type=obs_type, max_num_frames_per_episode=max_frames, disable_env_checker=True
-    )
-
-
-def make_env(env_id: str, whole_games: bool) -> gym.Env:
-    """The game as the policy sees it. Whole games begin with no-ops, as in training."""
-    env = make_game(env_id)
-    return FrameStack(Warp(EpisodicLife(MaxAndSkip(NoopReset(env) if whole_games else env))))
+    game = gym.make(env_id, obs_type="ram", **options).unwrapped
+    return FrameStack(Warp(EpisodicLife(MaxAndSkip(NoopReset(game) if whole_games else game))))
 
 
 # ---- network -------------------------------------------------------------------
@@ -258,24 +236,26 @@ class ActorCritic(nn.Module):
         return self.critic(features).squeeze(-1), self.actor(features)
 
 
-def load_network(path: Path, num_actions: int) -> ActorCritic:
-    """The network with the weights of a file; ValueError if they do not fit."""
-    if not path.is_file():
-        how = "`python a2c_breakout.py` makes one, weight_end.pth, and --weights FILE plays it"
-        raise ValueError(f"there is no policy at {path}: {how}")
-    network = ActorCritic(num_actions)
+def load_network(path: Path, env: gym.Env) -> ActorCritic:
+    """The network with the weights of a file or checkpoint; ValueError says why they do not fit."""
+    network, env_id = ActorCritic(int(env.action_space.n)), env.unwrapped.spec.id
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
-        network.load_state_dict(weights.get("averaged", weights))  # a checkpoint, or weights
-    except Exception:  # damage makes torch.load raise nearly anything
-        what = f"the weights of a network for {num_actions} actions"
-        raise ValueError(f"{path} cannot be read, is damaged, or does not hold {what}") from None
-    if not all(weight.isfinite().all() for weight in network.parameters()):
-        raise ValueError(f"{path} cannot play: not all of its weights are finite numbers")
+        content = torch.load(path, "cpu", weights_only=True)
+        weights = content.get("averaged") or content.get("network") or content
+    except Exception as error:  # a damaged file can raise nearly anything
+        why = f"is missing, damaged, or holds no weights ({type(error).__name__})"
+        raise ValueError(f"--weights: {path} {why}; `python a2c_breakout.py` makes some") from error
+    if content.get("env_id", env_id) != env_id:  # weights alone do not name their game
+        raise ValueError(f"--weights: {path} wants --env-id {content['env_id']}")
+    try:
+        network.load_state_dict(weights)
+    except Exception as error:
+        reason = str(error).rpartition("\n")[2].strip()  # the last line names a weight, and sizes
+        raise ValueError(f"--weights: {path} does not fit {env_id}: {reason}") from error
     return network
 
 
-# ---- playing -------------------------------------------------------------------
+# ---- playing and filming -------------------------------------------------------
 
 
 class Game:
@@ -304,165 +284,127 @@ def act(network: nn.Module, games: list[Game], greedy: bool, device: str) -> lis
     observations = torch.from_numpy(np.stack([game.frames for game in games]))  # (N, 4, 84, 84)
     logits = network(observations.to(device))[1].cpu().numpy()  # (N, num_actions)
     if not np.isfinite(logits).all():
-        raise ValueError("this policy cannot play: its weights are so large that they overflow")
+        raise ValueError("--weights: not all are finite, or they are so large that they overflow")
     if not greedy:
         # argmax(logits + Gumbel noise) is a draw from softmax(logits): each game draws by itself.
-        noise = [game.env.unwrapped.np_random.gumbel(size=logits.shape[1]) for game in games]
-        logits = logits + noise
+        logits = logits + [g.env.unwrapped.np_random.gumbel(size=logits.shape[1]) for g in games]
     return logits.argmax(axis=-1).tolist()
 
 
-def play_policy(args: Args, network: nn.Module, device: str) -> tuple[list[Game], bool]:
-    """Plays lives until one is good enough, or whole games; returns those that ended, by seed.
-
-    The second value is True if Ctrl-C cut it short.
-    """
-    whole = args.full_games is not None
-    count = args.full_games or (1 if args.greedy else args.max_attempts)
-    kind, target = ("game", math.inf) if whole else ("attempt", args.target_score)
-    seeds = range(args.seed, args.seed + count)
-    # 16 games at a time are faster. Attempts come one by one: a good one is the last.
-    num_envs = min(count, 16) if whole else 1
-    free = [make_env(args.env_id, whole) for _ in range(num_envs)]
-    waiting, playing, games, interrupted = iter(seeds), [], [], False
+def save(path: Path, content: bytes) -> None:
+    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    part = path.with_name(f"{path.name}.part")
     try:
-        with tqdm(total=count, unit=kind, leave=False, disable=None) as bar:
-            while len(games) < count and all(game.score <= target for game in games):
-                # zip asks free before waiting: the other way round a seed would be lost.
-                playing += [Game(env, seed, whole) for env, seed in zip(free, waiting)]
-                for game, action in zip(playing, act(network, playing, args.greedy, device)):
-                    game.step(action)
-                over = [game for game in playing if game.score is not None]
-                playing = [game for game in playing if game.score is None]
-                free = [game.env for game in over]
-                games += over
-                for game in over:
-                    tqdm.write(f"{kind} {game.seed - args.seed + 1}: {game.score:g}")
-                bar.update(len(over))
-    except KeyboardInterrupt:
-        interrupted = True
-    # Ctrl-C loses the long games first, and the mean would favour the short ones: so only the
-    # games before the first one that is missing count.
-    games.sort(key=lambda game: game.seed)
-    games = [game for game, seed in zip(games, seeds) if game.seed == seed]
-    if not games:
-        raise KeyboardInterrupt  # there is nothing to keep
-    if not whole:
-        best = max(game.score for game in games)
-        print(f"best of {len(games)} attempts: {best:g} (the target: over {target:g})")
-    return games, interrupted
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def replay(game: Game) -> Iterator[np.ndarray]:
-    """Plays a game once more and yields the screen, (210, 160, 3) uint8, after each decision."""
-    # The seed decides the no-ops at the start; after it the actions alone decide.
-    again = Game(game.env, game.seed, game.whole)
-    for action in game.actions:
-        again.step(action)
-        yield game.env.unwrapped.ale.getScreenRGB()
-    assert again.score == game.score, f"{game.score} became {again.score} when played again"
+def say(text: str) -> None:
+    """Prints at once. If nobody reads it (`| head`, a closed terminal), play goes on."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
-def play_randomly(args: Args, run_dir: Path) -> tuple[float, list[np.ndarray]]:
-    """A first look at the game and at what chance scores; returns the score and the screens."""
-    bare = make_game(args.env_id, "rgb")
-    print(f"observation space: {bare.observation_space}")
-    print(f"action space:      {bare.action_space}")
-    print(f"action meanings:   {bare.unwrapped.get_action_meanings()}")
-    if args.env_id.startswith("Breakout"):
-        print("On the screen: the score, the lives that are left, the number of players.")
-        print("NOOP does nothing, FIRE serves the ball, RIGHT and LEFT move the paddle.")
-    env = MaxAndSkip(bare)  # for its four frames a decision
-    env.reset(seed=args.seed)
-    ale = bare.unwrapped.ale
-    imageio.imwrite(run_dir / "first_screen.png", ale.getScreenRGB())
-    rng = np.random.default_rng(args.seed)
-    score, screens = 0.0, []  # 100 MB at most
-    for action in rng.integers(bare.action_space.n, size=1000):
-        _, reward, terminated, truncated, _ = env.step(action)
-        score += reward
-        screens.append(ale.getScreenRGB())
-        if terminated or truncated:
-            break
-    print(f"{len(screens)} random decisions scored {score:g}")
-    return score, screens
-
-
-# ---- the run -------------------------------------------------------------------
-
-
-def film(screens: Iterable[np.ndarray], run_dir: Path, gif: bool) -> None:
-    """Writes film.mp4, three times as large as the screen, and with gif film.gif."""
-    # By default imageio would stretch 480 x 630 to multiples of 16.
-    writers = [imageio.get_writer(run_dir / "part.mp4", fps=15, macro_block_size=2)]
-    if gif:  # 70 ms a frame: GIF counts in tens; subrectangles stores only what changes
-        options = {"duration": 70, "loop": 0, "subrectangles": True}
-        writers.append(imageio.get_writer(run_dir / "part.gif", **options))
+def film(game: Game, path: Path, zoom: int, **options) -> None:
+    """Plays a game's actions once more and films them; OSError whatever goes wrong."""
+    part = path.with_name("part.mp4")  # a GIF too: imageio keeps all frames of a .gif in memory
     try:
-        for screen in screens:
-            for writer, scale in zip(writers, (3, 1)):
-                writer.append_data(screen.repeat(scale, axis=0).repeat(scale, axis=1))
-        for writer in writers:
-            writer.close()
-        imageio.get_reader(run_dir / "part.mp4").close()  # ffmpeg does not say if it failed
-    except OSError:
-        raise OSError(f"the film in {run_dir} could not be written: is the disk full?") from None
-    for part in run_dir.glob("part.*"):
-        part.rename(part.with_stem("film"))  # now it is complete
+        again = Game(game.env, game.seed, game.whole)
+        with imageio.get_writer(part, fps=15, macro_block_size=2, **options) as video:
+            for action in game.actions:
+                again.step(action)
+                screen = again.env.unwrapped.ale.getScreenRGB()  # (210, 160, 3) uint8
+                video.append_data(screen.repeat(zoom, axis=0).repeat(zoom, axis=1))
+        if imageio.get_reader(part).count_frames() < len(game.actions):
+            raise OSError("its end is missing")  # ffmpeg does not say if it failed
+        part.replace(path)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        failure = f"no film: imageio or ffmpeg failed ({reason})"
+        raise OSError(f"{failure}; everything else is in {path.parent}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def play(args: Args) -> dict:
     """Plays, and leaves result.json and the film in the run's folder; returns the result.
 
-    Raises ValueError for bad input and OSError for files. After Ctrl-C while a policy plays, what
-    is over by then is kept and filmed, and then KeyboardInterrupt is raised again.
+    After Ctrl-C what is over by then is kept and filmed, and KeyboardInterrupt is raised again.
     """
-    torch.set_num_threads(1)  # a few frames are too little work for several threads
-    cv2.setNumThreads(1)
+    whole = args.random or args.full_games is not None
+    alike = args.random or (args.greedy and args.sticky_actions == 0)
+    count = args.full_games or (1 if alike else args.max_attempts)
+    # 16 games at a time are faster. Attempts come one by one: a good one is the last.
+    num_envs = min(count, 16) if whole else 1
+    envs = [make_env(args.env_id, whole, args.sticky_actions) for _ in range(num_envs)]
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    with make_game(args.env_id) as env:
-        num_actions = int(env.action_space.n)
-    if not args.random:
-        network = load_network(args.weights, num_actions).to(device)
-    name = f"{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = args.runs_dir / name
-    run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-
-    start, interrupted = time.perf_counter(), False
-    if args.random:
-        score, screens = play_randomly(args, run_dir)
-        scores = [score]
+    if args.random:  # no values, and the same logit for each action
+        network = lambda frames: (None, torch.zeros(len(frames), envs[0].action_space.n))
     else:
-        print(f"{args.env_id}, policy of {args.weights} on {device}")
-        games, interrupted = play_policy(args, network, device)
-        scores = [game.score for game in games]
-        screens = replay(max(games, key=lambda game: game.score))
+        network = load_network(args.weights, envs[0]).to(device)
+    run_dir = args.runs_dir / f"play_breakout__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir.mkdir(parents=True)
+    save(run_dir / "args.json", json.dumps(asdict(args), indent=2, default=str).encode())
+    say(f"{args.env_id} on {device}, in {run_dir}")
+    if args.random:
+        envs[0].reset(seed=args.seed)
+        screen = envs[0].unwrapped.ale.getScreenRGB()
+        save(run_dir / "first_screen.png", imageio.imwrite("<bytes>", screen, format="png"))
+        say(f"actions: {', '.join(envs[0].unwrapped.get_action_meanings())}")
+        if args.env_id.startswith("Breakout"):
+            say("NOOP does nothing, FIRE serves the ball, RIGHT and LEFT move the paddle.")
+            say("On the screen: the score, the lives that are left, the number of players.")
+
+    kind = "game" if whole else "attempt"
+    start, games, interrupted = time.perf_counter(), [], False
+    try:
+        while len(games) < count and (whole or all(g.score <= args.target_score for g in games)):
+            seeds = range(args.seed + len(games), args.seed + count)
+            batch = [Game(env, seed, whole) for env, seed in zip(envs, seeds)]
+            while playing := [game for game in batch if game.score is None]:
+                for game, action in zip(playing, act(network, playing, args.greedy, device)):
+                    game.step(action)
+            games += batch  # whole batches: after Ctrl-C, long games count as often as short ones
+            for game in batch:
+                say(f"{kind} {game.seed - args.seed + 1}: {game.score:g}")
+    except KeyboardInterrupt:
+        interrupted = True
+        if not games:
+            raise  # there is nothing to keep
+    scores = [game.score for game in games]
     mean, std = float(np.mean(scores)), float(np.std(scores))
-    result = {
-        "seed": args.seed,
-        "seconds": time.perf_counter() - start,
-        "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}
-        | {"python": platform.python_version()},
-    }
+    versions = {module.__name__: module.__version__ for module in (ale_py, cv2, gym, np, torch)}
+    versions["python"] = sys.version.split()[0]
+    result = {"seed": args.seed, "seconds": time.perf_counter() - start, "versions": versions}
     result |= {"scores": scores, "mean": mean, "std": std, "min": min(scores), "max": max(scores)}
-    print(
-        f"scores: {len(scores)}, mean {mean:.1f}, standard deviation {std:.1f}, "
-        f"min {min(scores):g}, max {max(scores):g}"
-    )
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2))
-    film(screens, run_dir, args.gif)
-    print(f"Everything is in {run_dir}; the film is film.mp4")
+    save(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    say(f"mean {mean:.1f}, standard deviation {std:.1f}, min {min(scores):g}, max {max(scores):g}")
+    best = max(games, key=lambda game: game.score)
+    say(f"filming {kind} {best.seed - args.seed + 1}; everything else is in {run_dir}")
+    film(best, run_dir / "film.mp4", zoom=3)
+    if args.gif:  # a palette for each frame, as one for all would need all frames in memory
+        gif = ["-f", "gif", "-vf", "split[a],palettegen=stats_mode=single,[a]paletteuse=new=1"]
+        film(best, run_dir / "film.gif", zoom=1, codec="gif", pixelformat="pal8", output_params=gif)
+    say(f"{run_dir / 'film.mp4'}")
     if interrupted:
         raise KeyboardInterrupt
     return result
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # a few frames are too little work for several threads
+    cv2.setNumThreads(1)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
+    for name in ("SIGTERM", "SIGHUP"):  # they keep what Ctrl-C keeps; Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, signal.default_int_handler)
     try:
         play(tyro.cli(Args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
         sys.exit(130)

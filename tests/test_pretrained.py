@@ -5,22 +5,39 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
 import play_breakout
 
 TEXT = play_breakout.PRETRAINED.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_one_of_three_whole_games_reaches_380(tmp_path):
+def play(tmp_path: Path, monkeypatch, **flags) -> dict:
+    """What the default policy scores on one thread; it is not filmed."""
+    monkeypatch.setattr(play_breakout, "film", lambda *_, **__: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = play_breakout.play(play_breakout.Args(runs_dir=tmp_path, **flags))
+    torch.set_num_threads(threads)
+    [run_dir] = tmp_path.iterdir()
+    assert json.loads((run_dir / "result.json").read_text()) == result
+    return result
+
+
+def test_a_life_reaches_250(tmp_path, monkeypatch):
+    """The first, of seed 77, scores 334; where rounding differs it may be another life."""
+    assert play(tmp_path, monkeypatch, seed=77, target_score=250, max_attempts=3)["max"] > 250
+
+
+@pytest.mark.slow
+def test_one_of_three_whole_games_reaches_380(tmp_path, monkeypatch):
     """The published mean is 476.2, and 95 of its 100 games reach 380.
 
     Three of those hundred: 428, 425 and 425, so that no second wall makes a game long.
     """
-    args = play_breakout.Args(full_games=3, seed=10_006, runs_dir=tmp_path)
-    result = play_breakout.play(args)
-    assert len(result["scores"]) == 3 and max(result["scores"]) >= 380
-    assert result["mean"] >= 250
-    [run_dir] = Path(tmp_path).iterdir()
-    assert json.loads((run_dir / "result.json").read_text())["scores"] == result["scores"]
+    result = play(tmp_path, monkeypatch, seed=10_006, full_games=3)
+    assert len(result["scores"]) == 3 and result["max"] >= 380 and result["mean"] >= 250
 
 
 def test_the_file_is_the_one_described_and_small():

@@ -57,8 +57,9 @@ def report(label: str, games: np.ndarray) -> None:
     for high in np.unique(highest[fallen]):  # each is one fall, until it is reached again
         below = fallen & (highest == high)
         low, (first, last) = mean[below].min(), times[below][[0, -1]]
-        print(f"  a fall from {high:.1f} (after {times[np.argmax(mean == high)]:,.0f} timesteps) to "
-              f"{low:.1f}, {1 - low / high:.0%}; below from {first:,.0f} to {last:,.0f}")  # fmt: skip
+        when = times[np.argmax(mean == high)]
+        print(f"  a fall from {high:.1f} (after {when:,.0f} timesteps) to {low:.1f}, "
+              f"{1 - low / high:.0%}; below from {first:,.0f} to {last:,.0f}")  # fmt: skip
 
 
 def games_of(run: Path) -> np.ndarray:

@@ -49,8 +49,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-# Beside this file, or beside the notebook whose cell it is.
-PRETRAINED = Path(globals().get("__file__", ".")).parent / "pretrained" / "a2c_breakout.pth"
+# Beside this file. In a notebook's cell, which has no __file__, it is in the working folder.
+PRETRAINED = Path(globals().get("__file__", "x")).resolve().parent / "pretrained/a2c_breakout.pth"
 
 
 @dataclass

@@ -6,7 +6,8 @@
 Both play BreakoutNoFrameskip-v4 in 16 environments, on the CPU, with one thread of PyTorch for
 each core. Stable-Baselines3 has the hyperparameters of its rl-baselines3-zoo for Atari:
 make_atari_env, a stack of 4 frames, CnnPolicy, RMSpropTFLike with eps 1e-5, entropy 0.01, value
-loss 0.25; but SubprocVecEnv (the zoo's default is DummyVecEnv), and no curves are written. a2c_breakout.py runs as a user starts it, curves and weights and all.
+loss 0.25; but SubprocVecEnv (the zoo's default is DummyVecEnv), and no curves are written.
+a2c_breakout.py runs as a user starts it, curves and weights and all.
 
 The programs take turns, each in a process of its own, so that a busy moment of the machine meets
 them all; each reports its own timesteps a second, without its start-up. What counts is the median

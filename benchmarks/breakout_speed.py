@@ -1,6 +1,7 @@
 """Times a2c_breakout.py against the A2C of Stable-Baselines3 2.9.2, and shows where its time goes.
 
     python benchmarks/breakout_speed.py                                  # 5 rounds, some 8 minutes
+    python benchmarks/breakout_speed.py --before older/a2c_breakout.py   # and an older file in turn
     python benchmarks/breakout_speed.py --rounds 1 --timesteps 2000 --results trial
 
 Both play BreakoutNoFrameskip-v4 in 16 environments, on the CPU, with one thread of PyTorch for
@@ -12,16 +13,12 @@ a2c_breakout.py runs as a user starts it, curves and weights and all.
 The programs take turns, each in a process of its own, so that a busy moment of the machine meets
 them all; each reports its own timesteps a second, without its start-up. What counts is the median
 over the rounds of the ratio to Stable-Baselines3 in the same round. In every round there are also
+the raw emulator, four times ale.act per decision on all cores, and the bare network, 6 acting
+passes and an update on random frames. One after the other and with nothing around them they would
+make 1 / (1/emulator + 1/network) steps a second: what the machine allows.
 
-- a2c_breakout.py with a stopwatch in it: the shares of acting, emulators (with their wrappers),
-  waiting for the slower worker, update and the rest;
-- the raw emulator, four times ale.act per decision on all cores, and the bare network, 6 acting
-  passes and an update on random frames. One after the other and with nothing around them they
-  would make 1 / (1/emulator + 1/network) steps a second: what the machine allows.
-
-With --bf16 a2c_breakout.py and the network run in bfloat16 too. The first run makes a virtual
-environment for Stable-Baselines3 in runs/cache/sb3 (or --sb3-python names one that has it). A row
-a program and round goes to benchmarks/results/breakout_speed.csv.
+The first run makes a virtual environment for Stable-Baselines3 in runs/cache/sb3 (or --sb3-python
+names one that has it). A row a program and round goes to benchmarks/results/breakout_speed.csv.
 """
 
 import argparse
@@ -35,20 +32,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 ENV_ID, NUM_ENVS, NUM_STEPS = "BreakoutNoFrameskip-v4", 16, 5
 CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-PARTS = ["acting", "emulators", "waiting", "update", "rest"]
 
 
 # ---- what is timed, each in a process of its own -------------------------------
 
 
-def time_sb3(timesteps: int, bf16: bool) -> dict:
+def time_sb3(timesteps: int) -> dict:
     """Stable-Baselines3, from the first step to the last, in its own virtual environment."""
     import stable_baselines3
     import torch
@@ -81,68 +77,14 @@ def time_sb3(timesteps: int, bf16: bool) -> dict:
     return {"steps_per_second": model.num_timesteps / clock.seconds, "version": version}
 
 
-def time_ours(timesteps: int, bf16: bool) -> dict:
+def time_ours(timesteps: int, script: Path = ROOT / "a2c_breakout.py") -> dict:
     """a2c_breakout.py as a user starts it; it measures its own time."""
     with tempfile.TemporaryDirectory() as folder:
-        command = f"{ROOT / 'a2c_breakout.py'} --num-envs {NUM_ENVS} --device cpu".split()
-        command += ["--total-timesteps", str(timesteps), "--runs-dir", folder]
-        command = [sys.executable, *command, *["--bf16"][:bf16]]
+        flags = f"--num-envs {NUM_ENVS} --device cpu --total-timesteps {timesteps}".split()
+        command = [sys.executable, script, *flags, "--runs-dir", folder]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
         [result] = Path(folder).glob("*/result.json")
         return {"steps_per_second": json.loads(result.read_text())["steps_per_second"]}
-
-
-def time_parts(timesteps: int, bf16: bool) -> dict:
-    """a2c_breakout.py again, with stopwatches in the workers and around the learner's calls."""
-    import a2c_breakout
-
-    seconds = dict.fromkeys(["act", "rollout", "told", "learn"], 0.0)
-
-    def watch(name: str, function):
-        def watched(*args, **kwargs):
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            seconds[name] += time.perf_counter() - started
-            return result
-
-        return watched
-
-    class TimedWorker(a2c_breakout.Worker):  # in the workers' processes
-        act = watch("act", a2c_breakout.Worker.act)
-        rollout = watch("rollout", a2c_breakout.Worker.rollout)
-
-        def times(self):
-            return [(seconds["act"], seconds["rollout"])]
-
-    start_workers, spent = a2c_breakout.start_workers, []
-
-    @contextmanager
-    def start_timed_workers(*args):
-        with start_workers(*args) as tell:
-            timed = watch("told", tell)
-
-            def tell_timed(method, *arguments):
-                return (timed if method == "rollout" else tell)(method, *arguments)
-
-            yield tell_timed
-            spent.extend(tell("times"))
-
-    a2c_breakout.Worker, a2c_breakout.start_workers = TimedWorker, start_timed_workers
-    update_calls = {"compute_losses": a2c_breakout, "clip_grad_norm_": a2c_breakout.nn.utils}
-    update_calls |= {"backward": a2c_breakout.Tensor, "step": a2c_breakout.torch.optim.RMSprop}
-    for name, owner in update_calls.items():
-        seconds[name] = 0.0
-        setattr(owner, name, watch(name, getattr(owner, name)))
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        args = a2c_breakout.Args(total_timesteps=timesteps, num_envs=NUM_ENVS, device="cpu",
-                                 bf16=bf16, runs_dir=Path(folder))  # fmt: skip
-        total = a2c_breakout.train(args)["seconds"]
-    acting = statistics.mean(act for act, _ in spent)
-    playing = statistics.mean(rollout for _, rollout in spent)
-    update = sum(seconds[name] for name in update_calls)
-    parts = [acting, playing - acting, seconds["told"] - playing, update]
-    shares = [part / total for part in [*parts, total - seconds["told"] - update]]
-    return {"steps_per_second": timesteps / total} | dict(zip(PARTS, shares))
 
 
 def act_raw(decisions: int) -> float:
@@ -163,13 +105,13 @@ def act_raw(decisions: int) -> float:
     return time.perf_counter() - started
 
 
-def time_raw_emulator(timesteps: int, bf16: bool) -> dict:
+def time_raw_emulator(timesteps: int) -> dict:
     with multiprocessing.Pool(CORES) as pool:
         seconds = pool.map(act_raw, [timesteps // CORES] * CORES, chunksize=1)
     return {"steps_per_second": timesteps / max(seconds)}
 
 
-def time_bare_network(timesteps: int, bf16: bool) -> dict:
+def time_bare_network(timesteps: int) -> dict:
     """Nothing but NUM_STEPS + 1 acting passes and an update, over and over."""
     import a2c_breakout as a2c
     import torch
@@ -179,7 +121,7 @@ def time_bare_network(timesteps: int, bf16: bool) -> dict:
     frames = frames.permute(0, 1, 4, 2, 3)
     actions = torch.randint(4, (NUM_STEPS * NUM_ENVS,))
     returns = torch.randn(NUM_STEPS * NUM_ENVS)
-    network = a2c.ActorCritic(4, bf16)
+    network = a2c.ActorCritic(4)
     optimizer = torch.optim.RMSprop(network.parameters(), 7e-4, 0.99, 1e-5)
     updates = timesteps // (NUM_STEPS * NUM_ENVS)
     for update in range(-2, updates):
@@ -199,7 +141,6 @@ def time_bare_network(timesteps: int, bf16: bool) -> dict:
 PROGRAMS = {
     "stable-baselines3": time_sb3,
     "a2c_breakout.py": time_ours,
-    "with stopwatches": time_parts,
     "raw emulator": time_raw_emulator,
     "bare network": time_bare_network,
 }
@@ -226,7 +167,7 @@ def measure(program: str, args: argparse.Namespace) -> dict:
     """Calls one of PROGRAMS in a fresh process; the last line that it prints is the result."""
     python = args.sb3_python if program == "stable-baselines3" else sys.executable
     command = [python, __file__, "--program", program, "--timesteps", str(args.timesteps)]
-    command += ["--bf16"] if args.bf16 else []
+    command += ["--before", args.before] if program == "before" else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{program} failed:\n{done.stderr[-2000:]}")
@@ -237,42 +178,44 @@ def report(rows: list[dict], rounds: int) -> None:
     """Medians over the rounds, and medians of the ratios within a round."""
     speed = {(row["round"], row["program"]): row["steps_per_second"] for row in rows}
     print(f"\n{rounds} rounds, {CORES} cores, medians in steps/s:")
-    for program in PROGRAMS:
+    for program in dict.fromkeys(row["program"] for row in rows):
         print(f"  {program:18} {statistics.median(speed[n, program] for n in range(rounds)):6.0f}")
     ours = [speed[n, "a2c_breakout.py"] for n in range(rounds)]
     ratios = [ours[n] / speed[n, "stable-baselines3"] for n in range(rounds)]
     shares = [ours[n] * (1 / speed[n, "raw emulator"] + 1 / speed[n, "bare network"])
               for n in range(rounds)]  # fmt: skip
-    for what, values in [("times Stable-Baselines3", ratios), ("of what is possible", shares)]:
+    lines = [("times Stable-Baselines3", ratios), ("of what is possible", shares)]
+    if (0, "before") in speed:
+        lines.append(("times the file before", [ours[n] / speed[n, "before"] for n in range(rounds)]))
+    for what, values in lines:
         every = ", ".join(f"{value:.2f}" for value in values)
         print(f"a2c_breakout.py makes {statistics.median(values):.2f} {what} ({every})")
-    for part in PARTS:
-        share = statistics.median(row[part] for row in rows if part in row)
-        print(f"  {part:10} {share:4.0%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--timesteps", type=int, default=16_000, help="of each run")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--before", type=Path, help="an older a2c_breakout.py, timed in turn")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--sb3-python", help="a Python that has stable-baselines3 2.9.2")
-    parser.add_argument("--program", choices=PROGRAMS, help=argparse.SUPPRESS)
+    parser.add_argument("--program", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.program:
-        print(json.dumps(PROGRAMS[args.program](args.timesteps, args.bf16)))
+        before = partial(time_ours, script=args.before)
+        print(json.dumps((PROGRAMS | {"before": before})[args.program](args.timesteps)))
         return
 
     args.sb3_python = args.sb3_python or install_sb3()
     args.results.mkdir(parents=True, exist_ok=True)
-    path, rows = args.results / f"breakout_speed{'_bf16' * args.bf16}.csv", []
+    path, rows = args.results / "breakout_speed.csv", []
+    programs = [*PROGRAMS, *["before"] * (args.before is not None)]
     with path.open("w", newline="") as file:
-        columns = ["round", "program", "steps_per_second", *PARTS, "version"]
+        columns = ["round", "program", "steps_per_second", "version"]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for number in range(args.rounds):
-            for program in PROGRAMS:
+            for program in programs:
                 rows.append({"round": number, "program": program} | measure(program, args))
                 writer.writerow(rows[-1])
                 file.flush()

@@ -29,13 +29,14 @@ A_t, an estimate.
 
 The first term is the policy gradient: an action that went better than expected gets more likely,
 one that went worse less. A_t is a constant in it: no gradient flows through it. V is the baseline:
-with R_t alone, any action in a good state would be praised. The second term moves V towards R_t.
-The third is the entropy, highest where all actions are equally likely. It keeps the policy from
-settling too soon, as only actions that are tried (exploration) show what they bring.
+with R_t alone, every action in a good state would get more likely, the worse one as well. The
+second term moves V towards R_t. The third is the entropy, highest where all actions are equally
+likely. It keeps the policy, from which the actions are drawn, from settling too soon: only actions
+that are tried (exploration) show what they bring.
 
-There is no replay memory: A_t says how good an action is for the policy that took it and goes on,
-and an older policy's steps would teach the wrong thing. A2C is on-policy. Instead, 32 environments
-at different points of their episodes keep a batch from being 160 steps that resemble each other.
+There is no replay memory: A_t tells how good an action was if the policy goes on as it is, so steps
+of an older policy would teach the wrong thing. A2C is on-policy. In place of a memory, 32 poles at
+different points of their episodes keep a batch from being 160 steps that resemble each other.
 
 This is algorithm S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML
 2016, made synchronous; a2c_breakout.py has the same loop for Atari games.
@@ -422,9 +423,9 @@ def train(args: Args) -> dict:
     print(network)
     try:
         if not args.weights:
-            # After Ctrl-C the writer may sleep until its next flush, by default for 2 minutes.
-            with SummaryWriter(run_dir, flush_secs=1) as writer:
-                outcome = learn(args, network, averaged, writer)
+            writer = SummaryWriter(run_dir, flush_secs=1)
+            outcome = learn(args, network, averaged, writer)
+            writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
     finally:  # after Ctrl-C as well
         content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
         torch.save(averaged.state_dict(), content)

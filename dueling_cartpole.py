@@ -387,9 +387,9 @@ def train(args: Args) -> dict:
     print(network)
     try:
         if not args.weights:
-            # After Ctrl-C the writer may sleep until its next flush, by default for 2 minutes.
-            with SummaryWriter(run_dir, flush_secs=1) as writer:
-                outcome = learn(args, network, averaged, writer)
+            writer = SummaryWriter(run_dir, flush_secs=1)
+            outcome = learn(args, network, averaged, writer)
+            writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
     finally:  # after Ctrl-C as well
         content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
         torch.save(averaged.state_dict(), content)

@@ -11,7 +11,6 @@ import re
 import runpy
 import signal
 import threading
-import time
 from pathlib import Path
 from resource import RLIMIT_FSIZE
 
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from imageio_ffmpeg import get_ffmpeg_exe
 from launch import Process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -220,10 +220,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
     assert [path.name for path in run_dir.iterdir() if "tfevents" not in path.name] == ["args.json"]
 
 
-@pytest.mark.parametrize("ffmpeg", ["missing", "failing"])
+@pytest.mark.parametrize("ffmpeg", ["missing", "failing", "/bin/false"])
 def test_without_a_film_everything_else_is_kept(ffmpeg, tmp_path):
-    failing = tmp_path / "failing"  # takes all pictures, writes nothing and calls it a success
-    failing.write_text('#!/bin/sh\ncase "$*" in *-version*) ;; *) cat > /dev/null ;; esac\n')
+    failing, real = tmp_path / "failing", get_ffmpeg_exe()  # takes all pictures, and writes noise
+    write = """cat > /dev/null; for film; do :; done; echo noise > "$film" """
+    failing.write_text(f'#!/bin/sh\ncase "$*" in *.mp4) {write};; *) exec {real} "$@";; esac')
     failing.chmod(0o700)
     process = start(A2C, tmp_path, env={"IMAGEIO_FFMPEG_EXE": str(tmp_path / ffmpeg)})
     assert process.wait() == 1
@@ -260,13 +261,14 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 def test_the_average_is_what_is_saved_and_evaluated_and_can_be_given(name, tmp_path, pretend_a_gpu):
     script = importlib.import_module(name)
     pretend_a_gpu(script)  # --device cpu does not ask
-    _, begin, _ = run_once(name, tmp_path / "still", learning_rate=1e-30)
-    values = {"learning_rate": 0.01, "average_decay": 1 - 1e-9, "eval_episodes": 9}
+    ours = {"eval_episodes": 9, "seed": 7}
+    _, begin, _ = run_once(name, tmp_path / "still", learning_rate=1e-30, **ours)
+    values = {"learning_rate": 0.01, "average_decay": 1 - 1e-9} | ours
     result, kept, run_dir = run_once(name, tmp_path / "learning", **values)
     for layer in begin:
         torch.testing.assert_close(kept[layer], begin[layer])
 
-    given = {"weights": str(run_dir / "weight_end.pth"), "eval_episodes": 9}
+    given = {"weights": str(run_dir / "weight_end.pth")} | ours
     again, same, run_dir = run_once(name, tmp_path / "given", **given)
     untrained = {"solved_episode": None, "episodes": 0, "steps": 0}
     assert again == result | untrained and all(equal(same, kept))
@@ -274,7 +276,7 @@ def test_the_average_is_what_is_saved_and_evaluated_and_can_be_given(name, tmp_p
     network = script.ActorCritic(32) if name == A2C else script.QNetwork(32, True)
     network.load_state_dict(kept)
     env = script.make_env()
-    env.reset(seed=2**32 + 3)
+    env.reset(seed=2**32 + 7)
     lengths = [sum(1 for _ in script.play(network, env)) for _ in range(9)]
     assert len(set(lengths)) > 1
     assert result["eval_mean"] == pytest.approx(np.mean(lengths))
@@ -350,11 +352,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(name, tmp_path):
 
 
 @each_script
-def test_args_take_strings_and_their_own_json_and_know_the_home_folder(name, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+def test_args_take_strings_and_their_own_json_and_know_the_home_folder(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "weights").touch()
     script = importlib.import_module(name)
-    args = script.Args(runs_dir="~/out")
-    assert args.runs_dir == Path("/home/me/out") and args.weights is None
+    args = script.Args(runs_dir="~/out", weights="~/weights")
+    assert (args.runs_dir, args.weights) == (tmp_path / "out", tmp_path / "weights")
     assert script.Args(**json.loads(json.dumps(vars(args), default=str))) == args
 
 

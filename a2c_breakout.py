@@ -10,7 +10,7 @@
 One network looks at the last four frames and gives two answers: V(s), the discounted return to
 expect from here (the critic), and pi(a|s), the probability of each action (the actor). Sixteen
 games are played side by side for five steps; these 80 transitions then make one gradient step, and
-are forgotten: they show how good the policy is that played them (on-policy learning).
+are forgotten: they only tell about the policy that played them (on-policy learning).
 
     R_t  = r_t + gamma R_{t+1}    or r_t alone where a life or the game ended; R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)
@@ -18,7 +18,7 @@ are forgotten: they show how good the policy is that played them (on-policy lear
 
 R_t is an n-step return: the rewards that came, five for the first step and one for the last, then
 the critic's guess (bootstrapping). A_t estimates the advantage: how much better it went than the
-critic, the baseline, expected. The first term, the policy gradient, makes actions of A_t > 0 more
+critic (the baseline) expected. The first term, the policy gradient, makes actions of A_t > 0 more
 likely; A_t is a constant in it. The entropy bonus keeps the policy from settling too soon.
 
 Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016, algorithm S3, made
@@ -29,10 +29,10 @@ synchronous; frames and network of Mnih et al., Nature 518, 2015, Methods.
     torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64    # several processes (or machines)
 
 A timestep is one decision in one game, four frames; to the learner a life is an episode. Read
-compute_returns, compute_losses and learn first, then the wrappers and work: the rest is the run.
+compute_returns, compute_losses and learn() first, then wrappers and work(); the rest is the run.
 
-Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in the flags that its recipe
-sets: --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
+Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in the flags: its recipe
+is --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
 and screens turn gray before, not after, the maximum of two is taken. docs/breakout.md says why.
 """
 
@@ -93,7 +93,7 @@ class Args:
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
     entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
-    average_decay: float = 0.99  # decay, per 10 updates, of the kept average; 0: the last weights
+    average_decay: float = 0.99  # share that the average keeps per 10 updates; 0: the last weights
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
     resume: Path | None = None  # folder of a run to continue, or a new one to begin in
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
@@ -105,7 +105,6 @@ class Args:
             self.max_idle_steps = 400 if self.env_id.startswith("Breakout") else 0
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
-            ("num_envs", lambda x: x % WORLD_SIZE == 0, f"a multiple of the {WORLD_SIZE} ranks"),
             ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
             ("max_idle_steps", lambda x: x >= 0, "0 or more"),
             ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "0 or more"),
@@ -249,7 +248,7 @@ def get_state(env: gym.Env) -> tuple:
 
 
 def set_state(env: gym.Env, state: tuple) -> None:
-    """To be called after a reset: in Qbert a fresh emulator would go on differently."""
+    """Puts all that back, after a reset: in Qbert a fresh emulator would go on differently."""
     game, frames, emulator, env.unwrapped.np_random.bit_generator.state = state
     env.get_wrapper_attr("game").update(game)
     env.frames[:] = np.frombuffer(frames, np.uint8).reshape(4, 84, 84)
@@ -306,8 +305,8 @@ class RolloutStorage:
 
 @torch.no_grad()
 def work(pipe, learners_end, args: Args, network: ActorCritic, storage, mine: slice, states: list):
-    """A worker process: plays T steps in a slice of the environments for each update it is sent."""
-    learners_end.close()  # our copy of it, which would keep recv() waiting for a dead learner
+    """A worker process: plays T steps in its n environments (a slice, mine) for each update."""
+    learners_end.close()  # a copy, with which recv() would wait for a learner that is dead
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # it is the learner that is asked to stop
     torch.set_num_threads(1)
@@ -338,7 +337,7 @@ def work(pipe, learners_end, args: Args, network: ActorCritic, storage, mine: sl
                 actions[t] = (logits.numpy() + noise).argmax(axis=-1)
                 for i, env in enumerate(envs):
                     frames, rewards[t, i], terminated, truncated, info = env.step(actions[t, i])
-                    masks[t, i] = not (terminated or truncated)  # no bootstrapping at a cut either
+                    masks[t, i] = not (terminated or truncated)  # at a cut too: a loop is worth 0
                     if terminated or truncated:
                         frames, reset_info = env.reset()
                         info |= reset_info
@@ -414,7 +413,7 @@ def gather(values: list) -> list:
 
 def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict) -> dict[str, Any]:
     """Trains until the end or a stop request, logs and saves; returns how far the run has come."""
-    # The workers play with the network, the learner learns: one and the same, but not on CUDA.
+    # The workers play with the network. On a CPU it is the learner, too; on CUDA a copy of it is.
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu"
     learner = copy.deepcopy(network).to(device) if on_cuda else network
@@ -426,15 +425,15 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
     run = {"network": learner, "averaged": averaged, "optimizer": optimizer, "env_id": args.env_id}
     for name in ("network", "averaged", "optimizer") if checkpoint else ():
         run[name].load_state_dict(checkpoint[name])
-    run |= {"progress": progress, "envs": checkpoint.get("envs", [])}  # envs: their states
+    run |= {"progress": progress, "envs": checkpoint.get("envs", [])}  # what save takes
     # What was logged after the checkpoint will be logged again.
     writer = SummaryWriter(run_dir, purge_step=progress["timesteps"] + 1) if RANK == 0 else None
-    start, batch = time.perf_counter() - progress["seconds"], args.num_envs * args.num_steps
+    start, batch = None, args.num_envs * args.num_steps
     num_updates = args.total_timesteps // batch
 
     try:
         for update in range(progress["timesteps"] // batch, num_updates):
-            if update % max(1, num_updates // 10) == 0:  # a tenth of the run
+            if update % max(1000, num_updates // 10) == 0:  # a tenth of the run
                 save(run_dir / f"weight_{update}.pth", averaged.state_dict())
             rate = args.learning_rate * (1 - update / num_updates if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = rate
@@ -445,6 +444,7 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             for pipe in workers:
                 pipe.send(update)
             games, states = (sum(x, []) for x in zip(*[pipe.recv() for pipe in workers]))
+            start = start or time.perf_counter() - progress["seconds"]  # they play by now
 
             # 2. returns: (T, N)
             with torch.no_grad():
@@ -492,7 +492,7 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             if stopping:
                 break
     except BaseException:  # a worker died, the disk is full ...: what was learnt is kept
-        if run["envs"] and WORLD_SIZE == 1:  # no state of other ranks' environments can be had now
+        if run["envs"] and WORLD_SIZE == 1:  # other ranks' environments cannot be had now
             save(run_dir / "checkpoint.pth", run)
         raise
     finally:
@@ -530,7 +530,7 @@ def log(args: Args, writer, progress: dict[str, Any], losses: dict, rate: float)
 
 
 def say(text: str) -> None:
-    """Prints on rank 0. Where nobody reads it (`| head`, a closed terminal), it asks us to stop."""
+    """Prints on rank 0. Where nobody reads it (`| head`, a closed terminal), we are to stop."""
     try:
         if RANK == 0:
             print(text, flush=True)
@@ -566,17 +566,17 @@ def read_run(args: Args) -> tuple[Args, dict[str, Any]]:
         return args, {}
     here, checkpoint = {"resume": args.resume, "runs_dir": args.runs_dir}, {}
     try:
-        run_args = Args(**json.loads((args.resume / "args.json").read_text()) | here)
+        its = Args(**json.loads((path := args.resume / "args.json").read_text()) | here)
         if (path := args.resume / "checkpoint.pth").exists():
             checkpoint = torch.load(path, "cpu", weights_only=True)
-            checkpoint["progress"]["to_log"]  # version 0.2 had none
+            if (checkpoint["env_id"], len(checkpoint["envs"])) != (its.env_id, its.num_envs):
+                raise ValueError("it is another run's")
     except Exception as error:  # damage makes torch.load raise nearly anything
-        why = str(error).partition("\n")[0]
-        raise ValueError(f"{args.resume} is damaged, or of another version ({why})") from None
+        raise ValueError(f"{path} is damaged, or of another version: {error!r:.80}") from None
     for name, value in asdict(args).items():
-        if value not in (its := getattr(run_args, name), getattr(Args(**here), name)):
-            raise ValueError(f"--{name}: the run in {args.resume} has {its}, not {value}")
-    return run_args, checkpoint
+        if value not in (has := getattr(its, name), getattr(Args(**here), name)):
+            raise ValueError(f"--{name.replace('_', '-')}: {args.resume} has {has}, not {value}")
+    return its, checkpoint
 
 
 def join_ranks(args: Args, checkpoint: dict) -> None:
@@ -595,12 +595,21 @@ def join_ranks(args: Args, checkpoint: dict) -> None:
 def train(args: Args) -> dict[str, Any]:
     """A run, from its start or its last checkpoint; returns what result.json says.
 
-    Raises ValueError for bad input and a gradient that is not finite, OSError for a file that
-    cannot be written and a worker that died. Whatever ends a run, what it learnt is saved.
+    Raises ValueError (bad input, a gradient not finite), OSError (a full disk, a dead worker ...).
     """
     args, checkpoint = read_run(args)
-    with make_env(args.env_id) as env:
-        num_actions = int(env.action_space.n)
+    if args.num_envs % WORLD_SIZE:
+        raise ValueError(f"--num-envs must be a multiple of {WORLD_SIZE}, the number of ranks")
+    num_actions = int(make_env(args.env_id).action_space.n)
+    if sys.platform == "linux":  # keep the memory that an update frees: 13% more steps/s
+        for option, size in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
+    torch.manual_seed(args.seed)  # the same network on all ranks
+    try:
+        network = ActorCritic(num_actions).share_memory()
+        storage = RolloutStorage(args.num_steps, args.num_envs // WORLD_SIZE)
+    except RuntimeError:
+        raise ValueError("--num-envs, --num-steps: not enough shared memory") from None
     name = f"a2c_breakout__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = args.resume or args.runs_dir / name
     if RANK == 0:
@@ -612,15 +621,6 @@ def train(args: Args) -> dict[str, Any]:
             raise ValueError(f"another process is training in {run_dir}") from None
         except (AttributeError, OSError):  # Windows and some network disks have no locks
             pass
-    if sys.platform == "linux":  # keep the memory that an update frees: 13% more steps/s
-        for option, size in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, size)
-    torch.manual_seed(args.seed)  # the same network on all ranks
-    try:
-        network = ActorCritic(num_actions).share_memory()
-        storage = RolloutStorage(args.num_steps, args.num_envs // WORLD_SIZE)
-    except RuntimeError:
-        raise ValueError("--num-envs, --num-steps: not enough shared memory") from None
     workers = start_workers(args, network, storage, checkpoint.get("envs", []))
     try:
         if WORLD_SIZE > 1:  # after the fork, which would copy the locks of gloo's threads
@@ -638,24 +638,24 @@ def train(args: Args) -> dict[str, Any]:
     versions["python"] = sys.version.split()[0]
     result = {"seed": args.seed, "versions": versions, **progress}
     save(run_dir / "result.json", result)
-    how = f"; go on with --resume {run_dir}" if stop_requests else ""
+    left = args.total_timesteps - progress["timesteps"] >= args.num_envs * args.num_steps
+    how = f"; go on with --resume {run_dir}" if left else ""
     say(f"{progress['timesteps']} timesteps are done{how}. Everything is in {run_dir}")
     say(f"Watch it: python play_breakout.py --weights {run_dir / 'weight_end.pth'}")
     return result
 
 
 def request_stop(signum: int, _) -> None:
-    """Has learn stop after its update; again, it ends all at once, as a worker may hang."""
+    """Has learn stop after its update; again, it ends the workers, one of which may hang."""
     # Within a second it is the same request: timeout and torchrun send a signal twice.
     if time.monotonic() > stop_requests.setdefault(signum, time.monotonic()) + 1:
         for process in torch.multiprocessing.active_children():
             process.kill()
-        os._exit(128 + signum)
 
 
 if __name__ == "__main__":
     for signum in STOP_SIGNALS:
-        if signum == signal.SIGINT or signal.getsignal(signum) == signal.SIG_DFL:  # not by nohup
+        if signum == signal.SIGINT or signal.getsignal(signum) == signal.SIG_DFL:  # not nohup's
             signal.signal(signum, request_stop)
     threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not

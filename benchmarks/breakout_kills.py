@@ -13,7 +13,7 @@ weights of the undisturbed one, bit for bit, and all points of its curves, none 
 charts/SPS, which depends on the clock). If anything is not so, the exit code is 1.
 
 A row for each kill in benchmarks/results/breakout_kills.csv: seconds are from the start to the
-kill, and from there to the end of the last process; update_saved is where the next start goes on.
+kill, and from there to the end of the last process; timesteps_saved is where the next start goes on.
 """
 
 import argparse
@@ -35,14 +35,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--num-envs 4 --num-steps 5 --total-timesteps 6000 --device cpu".split()  # 300 updates
-FLAGS += "--checkpoint-every 10 --log-every 1".split()
+FLAGS += ["--checkpoint-every", "10"]
 MOMENTS = {  # name: (how often, the file that announces it, at most so many seconds later)
     "start-up": (20, None, None),  # as long as the undisturbed run took to its first step
     "training": (45, "events.*", 3.0),
-    "checkpoint": (25, "checkpoint.pth.tmp", 0.03),
+    "checkpoint": (25, "checkpoint.pth.part", 0.03),
     "end": (10, "weight_end.pth*", 0.3),
 }
-SIGNALS = {"SIGKILL": 40, "SIGTERM": 20, "SIGINT": 20, "worker SIGKILL": 20}  # name: how often
+# name: how often
+SIGNALS = {"SIGKILL": 30, "SIGTERM": 15, "SIGHUP": 20, "SIGINT": 15, "worker SIGKILL": 20}
 
 
 def start(run_dir: Path) -> subprocess.Popen:
@@ -101,10 +102,10 @@ def outcome(run_dir: Path) -> dict:
     return ending
 
 
-def saved_update(run_dir: Path) -> int:
-    """The update that the checkpoint holds, 0 if there is none, -1 if it cannot be read."""
+def timesteps_saved(run_dir: Path) -> int:
+    """How far the checkpoint has come, 0 if there is none, -1 if it cannot be read."""
     try:
-        return torch.load(run_dir / "checkpoint.pth", weights_only=True)["progress"]["update"]
+        return torch.load(run_dir / "checkpoint.pth", weights_only=True)["progress"]["timesteps"]
     except FileNotFoundError:
         return 0
     except Exception:  # whatever torch.load makes of damage
@@ -147,7 +148,7 @@ def kill_once(run_dir: Path, startup: float, rng: random.Random) -> dict | None:
         "moment": moment,
         "signal": name if target != process.pid else signal_name,
         "seconds": f"{killed - started:.2f}",
-        "update_saved": saved_update(run_dir),
+        "timesteps_saved": timesteps_saved(run_dir),
         "exit_code": process.returncode,
         "seconds_to_end": f"{gone - killed:.2f}",
         "left_behind": left_behind,
@@ -161,8 +162,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
-    # Started with a shell's &, SIGINT would be ignored, and the runs would inherit that.
+    # Started with a shell's & or nohup, it would ignore these two, and the runs would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     rng, rows, runs, failures = random.Random(args.seed), [], 0, []
     folder = Path(tempfile.mkdtemp())  # it stays if something fails
     startup = run_to_the_end(folder / "whole")
@@ -172,9 +174,9 @@ def main() -> None:
         while len(rows) < args.kills and (row := kill_once(run_dir, startup, rng)):
             rows.append({"kill": len(rows), "run": runs} | row)
             print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-            if row["update_saved"] < saved or row["left_behind"] or row["traceback"]:
+            if row["timesteps_saved"] < saved or row["left_behind"] or row["traceback"]:
                 failures.append(f"kill {len(rows) - 1}:\n{run_dir.with_suffix('.log').read_text()}")
-            saved = row["update_saved"]
+            saved = row["timesteps_saved"]
         run_to_the_end(run_dir)  # the rest, where the kills are used up
         ending = outcome(run_dir)
         different = [name for name in expected | ending if ending.get(name) != expected.get(name)]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import launch
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items if not config.getoption("--slow") else ():
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """What a test has started ends with it."""
+    yield
+    launch.end_all()
 
 
 @pytest.fixture

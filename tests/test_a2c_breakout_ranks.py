@@ -1,126 +1,105 @@
-"""a2c_breakout.py under torchrun: two ranks on this machine, talking over gloo."""
+"""a2c_breakout.py on several ranks, which talk over gloo: two processes on this machine."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 
 import torch
-from test_a2c_breakout import SCRIPT, children, gone, points, started, two_workers  # noqa: F401
-from test_a2c_breakout_resume import SHORT, stop_at, train, update_of
+from launch import children, gone, wait_for
+from test_a2c_breakout import (  # noqa: F401
+    SCRIPT, SOURCE, at, load, one_line, one_thread, points, slow, start, train,
+)  # fmt: skip
+from test_a2c_breakout_resume import CTRL_C, FLAGS, begin, digest
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def ranks(run_dir, *scripts, **changes) -> list:
+    """Begins a run as torchrun does, a script for each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        begin(run_dir, script, env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, **changes)
+        for rank, script in enumerate(scripts)
+    ]
 
 
-def torchrun(*command):
-    command = [*TORCHRUN, *map(str, command)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+@slow
+def test_two_ranks_make_the_run_of_one_process(tmp_path):
+    """Both stop as one of them gets Ctrl-C; equal up to rounding. One process ends their run.
 
-
-def test_two_ranks_make_the_run_of_one_process(tmp_path, monkeypatch):
-    """Begun by two ranks, gone on with by one process, ended by two: equal up to rounding.
-
-    The first two stop because one of them gets Ctrl-C. Each rank notes the network it ends with.
+    Later the weights may part: RMSprop's first step of a weight is large, however small its
+    gradient is. The games stay the same.
     """
-    (tmp_path / "spy.py").write_text(f"""
-import os, signal, sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import torch
-import a2c_breakout as a2c
-learn, losses, calls = a2c.learn, a2c.compute_losses, []
-stop_at, flags = int(sys.argv[1]), sys.argv[2:]
-def spied_learn(args, network, *rest):
-    learn(args, network, *rest)
-    torch.save(network.state_dict(), f"{tmp_path}/rank{{a2c.RANK}}.pth")
-def interrupted(*arguments):
-    calls.append(arguments)
-    if len(calls) == stop_at and a2c.RANK == 1:
-        os.kill(os.getpid(), signal.SIGINT)
-    return losses(*arguments)
-a2c.learn, a2c.compute_losses = spied_learn, interrupted
-a2c.train(a2c.parse_args([*flags, "--resume", {str(tmp_path / "run")!r}]))
-""")
-    first = torchrun(tmp_path / "spy.py", 5, *SHORT)
-    assert first.returncode == 0, first.stderr
-    assert update_of(tmp_path / "run") == 5
-    assert first.stdout.count("continue with --resume") == 1
-    with monkeypatch.context() as patch:
-        stop_at(patch, 6)
-        train(tmp_path / "run")
-    assert update_of(tmp_path / "run") == 12
-    last = torchrun(tmp_path / "spy.py", 8)  # the last update: there is nothing left to go on with
-    assert last.returncode == 0, last.stderr
-    assert "continue with" not in last.stdout
-    assert last.stdout.count("Everything is in") == last.stdout.count("not bit for bit") == 1
-    assert update_of(tmp_path / "run") == 20
-
-    train(tmp_path / "one_go", *SHORT)
-    expected, checkpoint = (
-        torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
-        for name in ("one_go", "run")
-    )
-    ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2)]
-    for name, weight in expected["network"].items():
-        assert torch.equal(ranks[0][name], ranks[1][name])
-        assert torch.equal(ranks[0][name], checkpoint["network"][name])
-        assert torch.allclose(weight, ranks[0][name], atol=1e-4)
-    for mine, other in zip(checkpoint["envs"], expected["envs"], strict=True):
-        assert mine["frames"] == other["frames"] and mine["game"] == other["game"]
-        assert mine["generator"] == other["generator"]
-    lengths = [points(tmp_path / name, "charts/episodic_length") for name in ("run", "one_go")]
+    flags = {"num_envs": 4, "num_steps": 5, "max_idle_steps": 12, "total_timesteps": 160}
+    stopping = "            if stopping:\n"
+    note = "torch.save(network.state_dict(), run_dir / f'rank{RANK}.pth')"
+    note = f"{stopping}                {note}\n{stopping}"  # the network that the rank ends with
+    programs = SOURCE, at(4, CTRL_C)
+    two, one = tmp_path / "two", tmp_path / "one"
+    first, second = ranks(two, *(code.replace(stopping, note) for code in programs), **flags)
+    assert (first.wait(), second.wait()) == (0, 0), first.stderr + second.stderr
+    assert "100 timesteps are done; go on with" in first.stdout and second.stdout == ""
+    networks = [load(two / f"rank{rank}.pth") for rank in (0, 1)]
+    networks.append(load(two / "checkpoint.pth")["network"])
+    assert digest(networks[0]) == digest(networks[1]) == digest(networks[2])
+    begin(one, programs[1], **flags).wait()
+    for name, weight in load(one / "checkpoint.pth")["network"].items():
+        assert torch.allclose(weight, networks[0][name], rtol=0, atol=2e-5)
+    for folder in (one, two):
+        assert begin(folder, **flags).wait() == 0
+    envs = [load(folder / "checkpoint.pth")["envs"] for folder in (one, two)]
+    assert digest(envs[0]) == digest(envs[1])
+    lengths = [points(folder, "charts/episodic_length") for folder in (one, two)]
     assert lengths[0] == lengths[1] != []
 
 
-def test_the_averaged_gradient_is_that_of_the_joined_batch(tmp_path):
-    (tmp_path / "gradient.py").write_text(f"""
-import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import torch
-import a2c_breakout as a2c
-a2c.dist.init_process_group("gloo")
-torch.manual_seed(0)
-network = a2c.ActorCritic(4)
-torch.nn.init.normal_(network.actor.weight, std=0.1)
-observations = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
-actions, returns = torch.randint(0, 4, (8,)), torch.randn(8)
-def gradients(share):
-    batch = observations[share], actions[share], returns[share]
-    value_loss, policy_loss, entropy = a2c.compute_losses(network, *batch)
-    loss = 0.5 * value_loss + policy_loss - 0.01 * entropy
-    return list(torch.autograd.grad(loss, list(network.parameters())))
-means, stop = gradients(slice(4 * a2c.RANK, 4 * a2c.RANK + 4)), torch.tensor(float(a2c.RANK))
-a2c.average_over_ranks([stop, *means])
-assert stop == 0.5 and a2c.gather("ab"[a2c.RANK]) == ["a", "b"]
-for whole, mean in zip(gradients(slice(None)), means):
-    assert (whole - mean).norm() <= 1e-5 * mean.norm(), whole.shape
-a2c.dist.destroy_process_group()
-""")
-    process = torchrun(tmp_path / "gradient.py")
-    assert process.returncode == 0, process.stderr
+def test_ranks_with_different_flags_are_refused_in_a_line_each(tmp_path):
+    other = SOURCE.replace("entropy_coef: float = 0.01", "entropy_coef: float = 0.02")
+    pair = ranks(tmp_path, SOURCE, other)
+    for rank, process in enumerate(pair):
+        line = "the ranks were given different flags, or see different checkpoints"
+        assert one_line(process) == f"error: rank {rank}: {line}"
 
 
-def test_environments_that_do_not_divide_are_refused(tmp_path):
-    process = torchrun(SCRIPT, "--num-envs", 5, "--runs-dir", tmp_path / "runs")
-    assert process.returncode != 0 and not (tmp_path / "runs").exists()
-    assert "error: --num-envs must be a multiple of 2, the number of ranks" in process.stderr
+def test_several_hosts_need_the_name_of_their_network_interface(tmp_path):
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    process = begin(tmp_path, env=env)
+    assert "rank 0: set GLOO_SOCKET_IFNAME to the network interface" in one_line(process)
 
 
-def test_one_rank_dying_ends_all_and_the_run_can_go_on(tmp_path):
-    flags = ["--num-envs", "4", "--checkpoint-every", "5", "--no-anneal-lr"]
-    flags += ["--resume", str(tmp_path / "run")]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*TORCHRUN, str(SCRIPT), *flags], **quiet)
-    started.append(process)
-    deadline = time.time() + 120
-    while not (tmp_path / "run" / "checkpoint.pth").exists() and time.time() < deadline:
-        time.sleep(0.1)
-    ranks = children(process.pid)
-    workers = [worker for rank in ranks for worker in children(rank)]
-    assert len(ranks) == 2 and len(workers) >= 2
-    os.kill(ranks[1], signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
-    assert gone(ranks + workers)
-    update = update_of(tmp_path / "run")
-    assert update % 5 == 0
-    train(tmp_path / "run", "--total-timesteps", 20 * (update + 5))
+def test_environments_must_divide_among_the_ranks(tmp_path):
+    """Not the default, 16, which a run of six environments never had."""
+    env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1"}
+    process = begin(tmp_path / "run", env=env)
+    assert "rank 0: --num-envs must be a multiple of 3, the number of ranks" in one_line(process)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "args.json").write_text(json.dumps(FLAGS | {"num_envs": 6}))
+    process = begin(tmp_path, env=env, num_envs=6)
+    assert "set GLOO_SOCKET_IFNAME" in one_line(process)
+
+
+@slow
+def test_a_rank_that_is_missing_ends_the_others_in_one_line(tmp_path):
+    """After five minutes; here, two seconds."""
+    [alone] = ranks(tmp_path, SOURCE.replace("minutes=5", "seconds=2"))
+    assert one_line(alone).startswith("error: rank 0: ")
+
+
+@slow
+def test_torchrun_ends_all_ranks_when_one_dies_and_the_run_goes_on(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = ["--num-envs", "4", "--checkpoint-every", "5", "--resume", str(tmp_path)]
+    process = subprocess.Popen([*command, SCRIPT, *flags], stderr=subprocess.PIPE, text=True)
+    assert wait_for((tmp_path / "checkpoint.pth").exists, 120)
+    [zero, one] = children(process.pid)
+    workers = [worker for rank in (zero, one) for worker in children(rank)]
+    os.kill(one, signal.SIGKILL)
+    assert process.wait(60) != 0 and gone([zero, one, *workers]) and len(workers) >= 2
+    errors = [line for line in process.stderr if line.startswith("error: ")]
+    assert len(errors) <= 1 and all(line.startswith("error: rank 0: ") for line in errors)
+    saved = load(tmp_path / "checkpoint.pth")["progress"]["timesteps"]
+    assert saved > 0 and saved % 100 == 0
+    assert start("--resume", tmp_path, script=at(saved // 20 + 3, CTRL_C)).wait() == 0

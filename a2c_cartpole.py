@@ -16,8 +16,8 @@ In each step an agent observes a state s (where cart and pole are, and how fast)
 (push left or right), and gets a reward r. The return is the sum of all the rewards to come, each
 multiplied by gamma = 0.99 for every step until then. One network gives two answers: pi(a|s), the
 probability with which each action is taken, called the policy (the actor), and V(s), the return to
-expect from state s (the critic). Five steps in 32 environments make one update of both, and are
-then forgotten:
+expect from state s (the critic). Five steps in 32 environments, a rollout, make one update of both,
+and are then forgotten:
 
     R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended an episode; R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
@@ -28,15 +28,16 @@ for the last. To let V stand for what was not played is called bootstrapping, an
 A_t, an estimate.
 
 The first term is the policy gradient: an action that went better than expected gets more likely,
-one that went worse less. A_t is a constant in it: no gradient flows through it. V is the baseline:
-with R_t alone, every action in a good state would get more likely, the worse one as well. The
-second term moves V towards R_t. The third is the entropy, highest where all actions are equally
-likely. It keeps the policy, from which the actions are drawn, from settling too soon: only actions
-that are tried (exploration) show what they bring.
+one that went worse less. A_t is a constant in it: V learns from the second term alone, which moves
+it towards R_t, a constant as well. V is the baseline: with R_t alone, every action in a good state
+would get more likely, the worse one as well. The third term is the entropy, highest where all
+actions are equally likely. It keeps the policy, from which the actions are drawn, from settling too
+soon: only actions that are tried (exploration) show what they bring.
 
 There is no replay memory: A_t tells how good an action was if the policy goes on as it is, so steps
-of an older policy would teach the wrong thing. A2C is on-policy. In place of a memory, 32 poles at
-different points of their episodes keep a batch from being 160 steps that resemble each other.
+of an older policy would teach the wrong thing. A2C is on-policy. In place of a memory, 32 poles,
+soon at different points of their episodes, keep a batch from being 160 steps that resemble each
+other.
 
 This is algorithm S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML
 2016, made synchronous; a2c_breakout.py has the same loop for Atari games.
@@ -47,8 +48,8 @@ This is algorithm S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcemen
 
 The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode ends when
 the pole leans too far, the cart leaves the track or 200 steps are over. The reward is 0 on the way,
-and at the end +1 for 196 steps or more (a success), -1 for fewer. Training ends once each
-environment's last episode was a success, or after 5,120,000 steps.
+and at the end +1 for 196 steps or more (a success), -1 for fewer; through gamma, a later fall costs
+less. Training ends once each environment's last episode was a success, or after 5,120,000 steps.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
@@ -167,7 +168,7 @@ class CartPoles:
         observations, _, terminated, truncated, _ = self.envs.step(actions.numpy())
         self.observations = torch.from_numpy(observations)
         # We treat the time limit as terminal and do not bootstrap from it, since reaching it is
-        # the goal here. In most other tasks only `terminated` may cut off the next value.
+        # the goal here. In most other tasks only `terminated`, a fall, may cut it off.
         self.dones = torch.from_numpy(terminated | truncated)
         self.steps = torch.where(decided, self.steps + 1, 0)
         self.last_lengths = torch.where(self.dones, self.steps, self.last_lengths)

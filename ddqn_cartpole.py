@@ -37,8 +37,8 @@ van Hasselt, Guez, Silver, "Deep Reinforcement Learning with Double Q-learning",
 
 The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode ends when
 the pole leans too far, the cart leaves the track or 200 steps are over. The reward is 0 on the way,
-and at the end +1 for 196 steps or more (a success), -1 for fewer. Training ends after 10
-successes in a row, or 500 episodes.
+and at the end +1 for 196 steps or more (a success), -1 for fewer; through gamma, a later fall costs
+less. Training ends after 10 successes in a row, or 500 episodes.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
@@ -250,7 +250,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             # 2. step: see what comes of it
             next_state, _, terminated, truncated, _ = env.step(action)
             # We treat the time limit as terminal and add no next value there, since reaching it is
-            # the goal here. In most other tasks only `terminated` may cut off the next value.
+            # the goal here. In most other tasks only `terminated`, a fall, may cut it off.
             done = terminated or truncated
             steps += 1
 
@@ -269,7 +269,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 loss.backward()
                 optimizer.step()
                 # Single updates can tip the policy, their moving average (Polyak averaging) does
-                # not. It is not a target network: no target is computed with it.
+                # not. It is not a target network: no target uses it.
                 with torch.no_grad():
                     for mean, weight in zip(averaged.parameters(), network.parameters()):
                         mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way
@@ -278,7 +278,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
         if episode % args.target_interval == 0:
             target_network.load_state_dict(network.state_dict())
 
-        # 6. log
+        # 6. log, and stop if solved
         lengths.append(steps)
         total_steps += steps
         tqdm.write(f"episode {episode}: {steps} steps, mean of 10 {np.mean(lengths):.1f}")

@@ -34,8 +34,8 @@ Schaul, Quan, Antonoglou, Silver, "Prioritized Experience Replay", ICLR 2016, se
 
 The task is the book's (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018): an episode ends when
 the pole leans too far, the cart leaves the track or 200 steps are over. The reward is 0 on the way,
-and at the end +1 for 196 steps or more (a success), -1 for fewer. Training ends after 10
-successes in a row, or 500 episodes.
+and at the end +1 for 196 steps or more (a success), -1 for fewer; through gamma, a later fall costs
+less. Training ends after 10 successes in a row, or 500 episodes.
 
 Differs from the paper, as the book does: the first 30 episodes draw uniformly; a new transition
 enters with TD error 0, not with the highest priority so far; all priorities are recomputed at the
@@ -296,7 +296,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             # 2. step: see what comes of it
             next_state, _, terminated, truncated, _ = env.step(action)
             # We treat the time limit as terminal and add no next value there, since reaching it is
-            # the goal here. In most other tasks only `terminated` may cut off the next value.
+            # the goal here. In most other tasks only `terminated`, a fall, may cut it off.
             done = terminated or truncated
             steps += 1
 
@@ -318,7 +318,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 loss.backward()
                 optimizer.step()
                 # Single updates can tip the policy, their moving average (Polyak averaging) does
-                # not. It is not a target network: no target is computed with it.
+                # not. It is not a target network: no target uses it.
                 with torch.no_grad():
                     for mean, weight in zip(averaged.parameters(), network.parameters()):
                         mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way

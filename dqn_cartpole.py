@@ -59,6 +59,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -420,6 +421,7 @@ if __name__ == "__main__":
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
     try:
         train(tyro.cli(Args))
     except (ValueError, OSError) as error:

@@ -213,8 +213,10 @@ def test_a_folder_that_the_console_cannot_print_loses_nothing(tmp_path):
     assert r"Everything is in \u3064\u304f\u308b/dqn_cartpole__3" in process.stdout
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
-    process = start("per_cartpole", tmp_path, limits={RLIMIT_FSIZE: 100_000}, hidden_size=256)
+@pytest.mark.parametrize("room", [3000, 100_000])  # too little for the curves; for the weights
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(room, tmp_path):
+    long = {"num_episodes": 30, "hidden_size": 256}
+    process = start("per_cartpole", tmp_path, limits={RLIMIT_FSIZE: room}, **long)
     assert process.wait() == 1
     assert re.fullmatch(r"error: .*File too large.*", process.stderr.splitlines()[-1])
     assert "Traceback" not in process.stderr

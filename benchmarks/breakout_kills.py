@@ -13,7 +13,7 @@ weights of the undisturbed one, bit for bit, and all points of its curves, none 
 charts/SPS, which depends on the clock). If anything is not so, the exit code is 1.
 
 A row for each kill in benchmarks/results/breakout_kills.csv: seconds are from the start to the
-kill, and from there to the end of the last process; timesteps_saved is where the next start goes on.
+kill, and from there to the end of the last process; the next start goes on at timesteps_saved.
 """
 
 import argparse

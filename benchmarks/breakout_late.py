@@ -39,7 +39,8 @@ def main() -> None:
     for part in ("network", "averaged"):
         for name, weight in weights.items():
             checkpoint[part][name].copy_(weight)  # keeps the layout in memory
-    progress, timesteps = checkpoint["progress"], args.update * flags["num_envs"] * flags["num_steps"]
+    progress = checkpoint["progress"]
+    timesteps = args.update * flags["num_envs"] * flags["num_steps"]
     progress["seconds"] *= timesteps / progress["timesteps"]
     progress |= {"timesteps": timesteps, "games": 0, "last_scores": [], "to_log": []}
     a2c_breakout.save(args.folder / "checkpoint.pth", checkpoint)

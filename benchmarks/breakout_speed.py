@@ -186,7 +186,8 @@ def report(rows: list[dict], rounds: int) -> None:
               for n in range(rounds)]  # fmt: skip
     lines = [("times Stable-Baselines3", ratios), ("of what is possible", shares)]
     if (0, "before") in speed:
-        lines.append(("times the file before", [ours[n] / speed[n, "before"] for n in range(rounds)]))
+        older = [ours[n] / speed[n, "before"] for n in range(rounds)]
+        lines.append(("times the file before", older))
     for what, values in lines:
         every = ", ".join(f"{value:.2f}" for value in values)
         print(f"a2c_breakout.py makes {statistics.median(values):.2f} {what} ({every})")

@@ -84,7 +84,7 @@ def against_book(results: Path, rng: np.random.Generator) -> list[dict]:
 
 
 def zero_init(results: Path, rng: np.random.Generator) -> list[dict]:
-    """A row a Q-learning script, its start at zero against a random one; last, the four together."""
+    """A row a Q-learning script, a start at zero against a random one; last, the four together."""
     table, probabilities = [], []
     experiments = read(results / "experiments.csv")
     for name in Q_LEARNING:

@@ -4,6 +4,7 @@ Tests marked slow are skipped unless pytest is given --slow.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # For a2c_breakout.py, set before torch is imported: threads that wait on a busy machine sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Started in the background, or by nohup, Python would ignore these, and its children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Only on a CPU is the same seed the same run, to the bit.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

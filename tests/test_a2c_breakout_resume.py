@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import time
@@ -305,11 +304,3 @@ def test_a_refusal_is_one_line_on_the_command_line(copied):
     (copied / "checkpoint.pth").write_bytes(b"")
     assert "checkpoint.pth is damaged" in one_line(start("--resume", copied))
     assert "File exists" in one_line(start("--resume", copied / "args.json"))
-
-
-@slow
-def test_more_environments_than_files_may_be_open(tmp_path):
-    """As 1024 environments under the usual limit: no environment needs a file of its own."""
-    flags = {"num_envs": 96, "num_steps": 1, "total_timesteps": 96}
-    process = begin(tmp_path, limits={resource.RLIMIT_NOFILE: 96}, **flags)
-    assert process.wait() == 0, process.stderr

@@ -17,7 +17,7 @@ import pytest
 import tyro
 from test_readme import ENGLISH, PAGES, ROOT, SCRIPTS, blocks, calls, commands, mentions, rows
 
-SHORT = dict.fromkeys(SCRIPTS, "--num-episodes 3 --eval-episodes 2")  # the last of two values counts
+SHORT = dict.fromkeys(SCRIPTS, "--num-episodes 3 --eval-episodes 2")  # the last value counts
 SHORT["mnist.py"] = "--epochs 1"
 SHORT["a2c_cartpole.py"] = "--total-timesteps 2000 --eval-episodes 2"
 SHORT["a2c_breakout.py"] = "--total-timesteps 160"

@@ -39,7 +39,7 @@ COLOURS = {"dqn": "C0", "ddqn": "C1", "dueling": "C2", "per": "C3", "a2c": "C4"}
 
 def network_input() -> None:
     env = make_env("BreakoutNoFrameskip-v4", whole_games=True)
-    network, game = load_network(PRETRAINED, env.action_space.n), Game(env, 10_000, whole=True)
+    network, game = load_network(PRETRAINED, env), Game(env, 10_000, whole=True)
     in_flight = np.zeros(4)
     while len(game.actions) < 1400 or in_flight.min() < 60:  # the ball is between wall and paddle
         game.step(act(network, [game], greedy=False, device="cpu")[0])

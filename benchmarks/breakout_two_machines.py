@@ -257,13 +257,13 @@ def cut_cable(folder: Path):
 
 
 def wrong_flag(folder: Path):
-    """A flag that node 1 refuses ends node 0 after five minutes"""
+    """A flag that node 1 refuses ends node 0 as well, after five minutes at most"""
     machines = wait(start(folder, "--runs-dir", folder, flags_of_1=["--gamma", 2]))
     return machines, told(machines[:1], within=TIME_OUT)
 
 
 def wrong_interface(folder: Path):
-    """An interface that does not lead to the other machine ends both after five minutes"""
+    """An interface to somewhere else ends both, after five minutes at most"""
     machines = wait(start(folder, "--runs-dir", folder, interface="docker0"))
     return machines, told(machines, within=TIME_OUT)
 

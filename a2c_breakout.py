@@ -31,8 +31,8 @@ synchronous; frames and network of Mnih et al., Nature 518, 2015, Methods.
 A timestep is one decision in one game, four frames; to the learner a life is an episode. Read
 compute_returns, compute_losses and learn() first, then wrappers and work(); the rest is the run.
 
-Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in the flags: its recipe
-is --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
+Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in flags. The book's are
+--no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
 and screens turn gray before, not after, the maximum of two is taken. docs/breakout.md says why.
 """
 
@@ -156,7 +156,7 @@ class MaxAndSkip(gym.Wrapper):
             total_reward += reward
             if terminated or truncated:
                 break
-            if frame >= 2:
+            if frame >= 2:  # the last two go to screens 1 and 0
                 self.unwrapped.ale.getScreenGrayscale(self.screens[3 - frame])
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
         return self.screens[0], total_reward, terminated, truncated, info
@@ -304,18 +304,18 @@ class RolloutStorage:
 
 
 @torch.no_grad()
-def work(pipe, learners_end, args: Args, network: ActorCritic, storage, mine: slice, states: list):
-    """A worker process: plays T steps in its n environments (a slice, mine) for each update."""
-    learners_end.close()  # a copy, with which recv() would wait for a learner that is dead
+def work(pipe, learners_end, args: Args, network: ActorCritic, storage, share: slice, states: list):
+    """A worker process: plays T steps in its share of the environments, n, for each update."""
+    learners_end.close()  # our copy: while one is open, recv() never sees that the learner is dead
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # it is the learner that is asked to stop
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    observations = storage.observations[:, mine]  # (T + 1, n, 4, 84, 84)
-    actions = storage.actions[:, mine].numpy()  # (T, n)
-    rewards, masks = storage.rewards[:, mine].numpy(), storage.masks[:, mine].numpy()  # (T, n)
+    observations = storage.observations[:, share]  # (T + 1, n, 4, 84, 84)
+    actions = storage.actions[:, share].numpy()  # (T, n)
+    rewards, masks = storage.rewards[:, share].numpy(), storage.masks[:, share].numpy()  # (T, n)
     envs = [make_env(args.env_id, args.max_idle_steps, args.sticky_actions) for _ in actions[0]]
-    first = RANK * args.num_envs // WORLD_SIZE + mine.start  # the number of its first environment
+    first = RANK * args.num_envs // WORLD_SIZE + share.start  # the number of its first environment
     # Hashed from the run's seed: with seed + i, runs 1 and 2 would share environments.
     seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
     for i, env in enumerate(envs):
@@ -345,7 +345,7 @@ def work(pipe, learners_end, args: Args, network: ActorCritic, storage, mine: sl
                         timestep = (update * args.num_steps + t) * args.num_envs + first + i + 1
                         games.append((timestep, *info["game"]))
                     observations[t + 1, i] = torch.from_numpy(frames)
-            pipe.send((games, [get_state(env) for env in envs]))
+            pipe.send((games, [get_state(env) for env in envs]))  # so that an error loses nothing
 
 
 def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage, states: list) -> list:
@@ -356,9 +356,9 @@ def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage, sta
     num_workers = min(torch.get_num_threads(), num_envs)
     pipes = []
     for i in range(num_workers):
-        mine = slice(i * num_envs // num_workers, (i + 1) * num_envs // num_workers)
+        share = slice(i * num_envs // num_workers, (i + 1) * num_envs // num_workers)
         ours, theirs = context.Pipe()
-        worker_args = (theirs, ours, args, network, storage, mine, states)
+        worker_args = (theirs, ours, args, network, storage, share, states)
         context.Process(target=work, args=worker_args).start()
         theirs.close()  # only the worker holds it now: if it dies, recv() raises EOFError
         pipes.append(ours)
@@ -415,17 +415,17 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
     """Trains until the end or a stop request, logs and saves; returns how far the run has come."""
     # The workers play with the network. On a CPU it is the learner, too; on CUDA a copy of it is.
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu"
+    device = f"cuda:{RANK % torch.cuda.device_count()}" if on_cuda else "cpu"
     learner = copy.deepcopy(network).to(device) if on_cuda else network
     averaged = copy.deepcopy(network).requires_grad_(False)
     parameters = list(learner.parameters())
     optimizer = torch.optim.RMSprop(parameters, alpha=0.99, eps=args.rmsprop_eps)
     progress = {"timesteps": 0, "seconds": 0.0, "games": 0, "last_scores": [], "to_log": []}
     progress |= checkpoint.get("progress", {})
-    run = {"network": learner, "averaged": averaged, "optimizer": optimizer, "env_id": args.env_id}
-    for name in ("network", "averaged", "optimizer") if checkpoint else ():
-        run[name].load_state_dict(checkpoint[name])
-    run |= {"progress": progress, "envs": checkpoint.get("envs", [])}  # what save takes
+    parts = {"network": learner, "averaged": averaged, "optimizer": optimizer}
+    for name in parts if checkpoint else ():
+        parts[name].load_state_dict(checkpoint[name])
+    parts |= {"env_id": args.env_id, "progress": progress, "envs": checkpoint.get("envs", [])}
     # What was logged after the checkpoint will be logged again.
     writer = SummaryWriter(run_dir, purge_step=progress["timesteps"] + 1) if RANK == 0 else None
     start, batch = None, args.num_envs * args.num_steps
@@ -468,7 +468,7 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             average_over_ranks([stop, *(parameter.grad for parameter in parameters)])
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             if not grad_norm.isfinite():
-                raise ValueError(f"update {update}: gradient not finite, lower the learning rate")
+                raise ValueError(f"update {update}: gradient not finite: lower --learning-rate")
             optimizer.step()
             # An average for play; no target uses it. Every tenth is enough: the others are alike.
             if update % 10 == 0 or args.average_decay == 0:
@@ -478,7 +478,7 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
                         mean.lerp_(weight.cpu(), 1 - decay)
 
             # 5. log, and save now and then
-            run["envs"] = states
+            parts["envs"] = states
             progress["timesteps"] += batch
             progress["seconds"] = time.perf_counter() - start
             progress["to_log"] += games
@@ -488,12 +488,12 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
                 losses = {"value_loss": value_loss, "policy_loss": policy_loss, "entropy": entropy}
                 log(args, writer, progress, losses if (update + 1) % 100 == 0 else {}, rate)
             if saving:
-                save(run_dir / "checkpoint.pth", run | {"envs": gather(states)})
+                save(run_dir / "checkpoint.pth", parts | {"envs": gather(states)})
             if stopping:
                 break
-    except BaseException:  # a worker died, the disk is full ...: what was learnt is kept
-        if run["envs"] and WORLD_SIZE == 1:  # other ranks' environments cannot be had now
-            save(run_dir / "checkpoint.pth", run)
+    except BaseException:  # a worker died, for example: what was learnt is kept
+        if parts["envs"] and WORLD_SIZE == 1:  # other ranks' environments cannot be had now
+            save(run_dir / "checkpoint.pth", parts)
         raise
     finally:
         save(run_dir / "weight_end.pth", averaged.state_dict())
@@ -547,8 +547,8 @@ def save(path: Path, content: Any) -> None:
     if path.suffix == ".json":
         buffer.write(json.dumps(content, indent=2, default=str).encode())
     else:
-        live = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in content.items()}
-        torch.save(live, buffer)
+        plain = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in content.items()}
+        torch.save(plain, buffer)
     part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -566,17 +566,17 @@ def read_run(args: Args) -> tuple[Args, dict[str, Any]]:
         return args, {}
     here, checkpoint = {"resume": args.resume, "runs_dir": args.runs_dir}, {}
     try:
-        its = Args(**json.loads((path := args.resume / "args.json").read_text()) | here)
+        saved = Args(**json.loads((path := args.resume / "args.json").read_text()) | here)
         if (path := args.resume / "checkpoint.pth").exists():
             checkpoint = torch.load(path, "cpu", weights_only=True)
-            if (checkpoint["env_id"], len(checkpoint["envs"])) != (its.env_id, its.num_envs):
+            if (checkpoint["env_id"], len(checkpoint["envs"])) != (saved.env_id, saved.num_envs):
                 raise ValueError("it is another run's")
     except Exception as error:  # damage makes torch.load raise nearly anything
         raise ValueError(f"{path} is damaged, or of another version: {error!r:.80}") from None
-    for name, value in asdict(args).items():
-        if value not in (has := getattr(its, name), getattr(Args(**here), name)):
+    for name, value in asdict(args).items():  # a flag at its default counts as not given
+        if value not in (has := getattr(saved, name), getattr(Args(**here), name)):
             raise ValueError(f"--{name.replace('_', '-')}: {args.resume} has {has}, not {value}")
-    return its, checkpoint
+    return saved, checkpoint
 
 
 def join_ranks(args: Args, checkpoint: dict) -> None:
@@ -638,9 +638,9 @@ def train(args: Args) -> dict[str, Any]:
     versions["python"] = sys.version.split()[0]
     result = {"seed": args.seed, "versions": versions, **progress}
     save(run_dir / "result.json", result)
-    left = args.total_timesteps - progress["timesteps"] >= args.num_envs * args.num_steps
-    how = f"; go on with --resume {run_dir}" if left else ""
-    say(f"{progress['timesteps']} timesteps are done{how}. Everything is in {run_dir}")
+    unfinished = args.total_timesteps - progress["timesteps"] >= args.num_envs * args.num_steps
+    hint = f"; go on with --resume {run_dir}" if unfinished else ""
+    say(f"{progress['timesteps']} timesteps are done{hint}. Everything is in {run_dir}")
     say(f"Watch it: python play_breakout.py --weights {run_dir / 'weight_end.pth'}")
     return result
 

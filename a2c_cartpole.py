@@ -1,13 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "gymnasium[classic-control]==1.4.0",
-#     "imageio[ffmpeg]==2.38.1",
-#     "numpy==2.4.6",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.17",
+#     "gymnasium[classic-control]==1.4.0", "imageio[ffmpeg]==2.38.1", "numpy==2.4.6",
+#     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
 # ///
 """Advantage actor-critic (A2C) on CartPole: a policy learns from a critic, 32 poles at a time.

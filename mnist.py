@@ -1,12 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "numpy==2.4.6",
-#     "opencv-python==5.0.0.93",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.17",
+#     "numpy==2.4.6", "opencv-python==5.0.0.93", "tensorboard==2.21.0", "torch==2.13.0",
+#     "tqdm==4.70.1", "tyro==1.0.17",
 # ]
 # ///
 """Handwritten digits (MNIST) with a small fully connected network: the PyTorch warm-up.
@@ -44,6 +40,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from dataclasses import asdict, dataclass
@@ -223,13 +220,14 @@ def train(args: Args) -> dict:
     start = time.perf_counter()
     network = Network(args.hidden_size).to(device)
     print(f"{network}\nThe run's folder is {run_dir}")
-    with SummaryWriter(run_dir, flush_secs=1) as writer:  # Ctrl-C may have to wait for a flush
-        try:
-            outcome = learn(args, network, train_set, test_set, writer)
-        finally:  # Ctrl-C keeps what was learnt
-            content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
-            torch.save(network.state_dict(), content)
-            save(run_dir / "weight_end.pth", content.getvalue())
+    writer = SummaryWriter(run_dir, flush_secs=1)
+    try:
+        outcome = learn(args, network, train_set, test_set, writer)
+        writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
+    finally:  # Ctrl-C keeps what was learnt
+        content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
+        torch.save(network.state_dict(), content)
+        save(run_dir / "weight_end.pth", content.getvalue())
     versions = {module.__name__: module.__version__ for module in (torch, np, cv2)}
     versions["python"] = sys.version.split()[0]
     seconds = time.perf_counter() - start
@@ -350,6 +348,7 @@ if __name__ == "__main__":
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
     try:
         train(tyro.cli(Args))
     except (ValueError, OSError) as error:

@@ -1,13 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "gymnasium[classic-control]==1.4.0",
-#     "imageio[ffmpeg]==2.38.1",
-#     "numpy==2.4.6",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.17",
+#     "gymnasium[classic-control]==1.4.0", "imageio[ffmpeg]==2.38.1", "numpy==2.4.6",
+#     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
 # ///
 """Prioritized experience replay on CartPole: learn more often from what was a surprise.
@@ -224,7 +219,7 @@ class ReplayMemory:
 
     def sample_by_priority(self, batch_size: int, device: torch.device) -> Batch:
         """Draws transition i with the probability P(i), with replacement."""
-        cumulative = self.priorities[: len(self)].cumsum()  # sum of the priorities up to each row
+        cumulative = self.priorities[: len(self)].cumsum()  # sum of p ** alpha up to each row
         total = cumulative[-1]
         points = total * self.rng.random(batch_size)  # (batch,)
         rows = cumulative.searchsorted(points, side="right")
@@ -235,7 +230,7 @@ class ReplayMemory:
         return self.take(rows, device)._replace(importance=torch.from_numpy(importance).to(device))
 
     def set_priorities(self, errors: np.ndarray) -> None:
-        """Gives every stored transition the priority (|TD error| + 0.0001) ** alpha."""
+        """Stores p ** alpha for every transition, where p is |TD error| + 0.0001."""
         self.priorities[: len(self)] = (np.abs(errors) + PRIORITY_EPSILON) ** self.alpha
 
     def take(self, rows: np.ndarray, device: torch.device) -> Batch:
@@ -332,7 +327,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
         if episode % args.target_interval == 0:
             target_network.load_state_dict(network.state_dict())
 
-        # 7. log
+        # 7. log, and stop if solved
         lengths.append(steps)
         total_steps += steps
         tqdm.write(f"episode {episode}: {steps} steps, mean of 10 {np.mean(lengths):.1f}")

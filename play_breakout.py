@@ -1,20 +1,15 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "ale-py==0.12.1",
-#     "gymnasium[classic-control]==1.4.0",
-#     "imageio[ffmpeg]==2.38.1",
-#     "numpy==2.4.6",
-#     "opencv-python==5.0.0.93",
-#     "torch==2.13.0",
-#     "tyro==1.0.17",
+#     "ale-py==0.12.1", "gymnasium[classic-control]==1.4.0", "imageio[ffmpeg]==2.38.1",
+#     "numpy==2.4.6", "opencv-python==5.0.0.93", "torch==2.13.0", "tyro==1.0.17",
 # ]
 # ///
 """Plays Atari Breakout with a policy that a2c_breakout.py has learnt, scores it, and films it.
 
     python play_breakout.py                     # life after life, until one scores over 400
-    python play_breakout.py --max-attempts 5    # five lives at most: a film in a minute
-    python play_breakout.py --weights runs/a2c_breakout__1__.../weight_end.pth --gif
+    python play_breakout.py --weights runs/a2c_breakout__1__.../weight_end.pth --max-attempts 5
+    python play_breakout.py --gif               # film.gif as well
     python play_breakout.py --full-games 100    # whole games: the score that others publish
     python play_breakout.py --random            # needs no policy: a first look at the game
 
@@ -124,7 +119,7 @@ class MaxAndSkip(gym.Wrapper):
             total_reward += reward
             if terminated or truncated:
                 break
-            if frame >= 2:
+            if frame >= 2:  # the last two go to screens 1 and 0
                 self.unwrapped.ale.getScreenGrayscale(self.screens[3 - frame])
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
         return self.screens[0], total_reward, terminated, truncated, info
@@ -271,7 +266,7 @@ class Game:
         self.actions.append(action)
         self.frames, _, terminated, truncated, _ = self.env.step(action)
         if terminated or truncated:
-            status = self.env.get_wrapper_attr("game")  # kept: reset() may begin a new game
+            status = self.env.get_wrapper_attr("game")  # taken before a new game begins
             if self.whole and not status["over"]:
                 self.frames, _ = self.env.reset()  # the next life; its no-op may end the game
             if status["over"] or not self.whole:
@@ -286,7 +281,7 @@ def act(network: nn.Module, games: list[Game], greedy: bool, device: str) -> lis
     if not np.isfinite(logits).all():
         raise ValueError("--weights: not all are finite, or they are so large that they overflow")
     if not greedy:
-        # argmax(logits + Gumbel noise) is a draw from softmax(logits): each game draws by itself.
+        # argmax(logits + Gumbel noise) is a draw from softmax(logits), independent of other games.
         logits = logits + [g.env.unwrapped.np_random.gumbel(size=logits.shape[1]) for g in games]
     return logits.argmax(axis=-1).tolist()
 
@@ -331,12 +326,12 @@ def film(game: Game, path: Path, zoom: int, **options) -> None:
 def play(args: Args) -> dict:
     """Plays, and leaves result.json and the film in the run's folder; returns the result.
 
-    After Ctrl-C what is over by then is kept and filmed, and KeyboardInterrupt is raised again.
+    After Ctrl-C the batches that are over are kept and filmed, and KeyboardInterrupt is raised.
     """
     whole = args.random or args.full_games is not None
     alike = args.random or (args.greedy and args.sticky_actions == 0)
     count = args.full_games or (1 if alike else args.max_attempts)
-    # 16 games at a time are faster. Attempts come one by one: a good one is the last.
+    # 16 games at a time are faster. Attempts come one by one: the first good one ends the run.
     num_envs = min(count, 16) if whole else 1
     envs = [make_env(args.env_id, whole, args.sticky_actions) for _ in range(num_envs)]
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"

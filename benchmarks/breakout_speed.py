@@ -210,12 +210,13 @@ def main() -> None:
     args.sb3_python = args.sb3_python or install_sb3()
     args.results.mkdir(parents=True, exist_ok=True)
     path, rows = args.results / "breakout_speed.csv", []
-    programs = [*PROGRAMS, *["before"] * (args.before is not None)]
+    programs = [*["before"] * (args.before is not None), *reversed(PROGRAMS)]
     with path.open("w", newline="") as file:
         columns = ["round", "program", "steps_per_second", "version"]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for number in range(args.rounds):
+            programs.reverse()  # who comes after whom may matter
             for program in programs:
                 rows.append({"round": number, "program": program} | measure(program, args))
                 writer.writerow(rows[-1])

@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_weights_where_there_is_room(t
 
 def test_a_gradient_that_is_not_finite_makes_no_update(tmp_path):
     process = begin(tmp_path, at(5, "loss = loss * float('nan')"))
-    line = "error: update 5: gradient not finite, lower the learning rate"
+    line = "error: update 5: gradient not finite: lower --learning-rate"
     assert one_line(process) == line and updates(tmp_path) == 5
     assert all(weight.isfinite().all() for weight in load(tmp_path / "weight_end.pth").values())
 

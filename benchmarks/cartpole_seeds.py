@@ -58,7 +58,8 @@ def run_seed(script_name: str, seed: int, flags: list[str]) -> tuple[dict, list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("script", help="name of the script, such as dqn_cartpole")
-    parser.add_argument("--seeds", type=int, default=20, help="run the seeds 0 to SEEDS - 1")
+    parser.add_argument("--seeds", type=int, default=20, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--tag", help="ending of the file names, for a run with other flags")
@@ -67,21 +68,22 @@ def main() -> None:
     end = words.index("--") if "--" in words else len(words)
     args, flags = parser.parse_args(words[:end]), words[end + 1 :]
 
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     spawn = multiprocessing.get_context("spawn")  # a process that shares nothing, on every system
     with ProcessPoolExecutor(args.jobs, spawn) as pool:
-        runs = list(pool.map(partial(run_seed, args.script, flags=flags), range(args.seeds)))
+        runs = list(pool.map(partial(run_seed, args.script, flags=flags), seeds))
 
     tag = f"_{args.tag}" if args.tag else ""
     name = "cartpole_" + args.script.removesuffix("_cartpole") + tag
     args.results.mkdir(parents=True, exist_ok=True)
-    seeds = [[result[column] for column in COLUMNS] for result, _ in runs]
+    results = [[result[column] for column in COLUMNS] for result, _ in runs]
     episodes = [
-        [seed, episode, steps, total]
-        for seed, (_, ends) in enumerate(runs)
+        [result["seed"], episode, steps, total]
+        for result, ends in runs
         for episode, (total, steps) in enumerate(ends)
     ]
     for path, header, rows in [
-        (args.results / f"{name}.csv", COLUMNS, seeds),
+        (args.results / f"{name}.csv", COLUMNS, results),
         (args.results / f"{name}_episodes.csv", "seed episode steps total_steps".split(), episodes),
     ]:
         with path.open("w", newline="") as file:

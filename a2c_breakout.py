@@ -584,8 +584,8 @@ def join_ranks(args: Args, checkpoint: dict) -> None:
     several_hosts = WORLD_SIZE > int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
     if several_hosts and "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo often guesses lo
         raise ValueError("set GLOO_SOCKET_IFNAME to the network interface to the other machines")
-    # gloo works with and without GPUs; it waits five minutes for a rank that is missing.
-    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    # gloo works with and without GPUs; it waits a minute for another rank, at the start up to five.
+    dist.init_process_group("gloo", timeout=timedelta(minutes=1))
     mine = asdict(args) | {"device": None, "resume": None, "runs_dir": None}
     mine["timesteps"] = checkpoint and checkpoint["progress"]["timesteps"]
     if any(other != mine for other in gather([mine])):

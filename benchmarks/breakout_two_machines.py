@@ -1,6 +1,6 @@
 """Tries a2c_breakout.py on two machines: network namespaces, joined by a virtual cable.
 
-    python benchmarks/breakout_two_machines.py                     # Linux, as root; 40 minutes
+    python benchmarks/breakout_two_machines.py                     # Linux, as root; 20 minutes
     python benchmarks/breakout_two_machines.py killed_rank ctrl_c  # these checks alone
 
 Each machine has a loopback interface and one end of the cable, eth0 (`ip`, of Debian's iproute2);
@@ -40,7 +40,7 @@ C10D = [
 ]
 FLAGS = "--num-envs 4 --total-timesteps 1000 --checkpoint-every 10 --device cpu".split()
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-SOON, TIME_OUT, PATIENCE = 150, 450, 600  # seconds: at once; five minutes after it; it hangs
+SOON, TIME_OUT, PATIENCE = 150, 450, 600  # seconds: a minute; five, on a busy machine; it hangs
 
 
 # ---- two machines --------------------------------------------------------------
@@ -244,27 +244,27 @@ def ctrl_c_on_node_1(folder: Path):
 
 
 def plugged_in_again(folder: Path):
-    """A cable that is out for a minute costs this time alone"""
+    """A cable that is out for twenty seconds costs this time alone"""
     machines = start_training(folder)
     ip("-n", NAMESPACES[1], "link", "set", "eth0", "down")
-    time.sleep(60)
+    time.sleep(20)
     ip("-n", NAMESPACES[1], "link", "set", "eth0", "up")
     return wait(machines), trained(machines) and same_run(folder / "run")
 
 
 def cut_cable(folder: Path):
-    """A cable that stays out ends both ranks after five minutes"""
+    """A cable that stays out ends both ranks after a minute"""
     machines = start_training(folder)
     ip("-n", NAMESPACES[1], "link", "set", "eth0", "down")
     wait(machines)
     ip("-n", NAMESPACES[1], "link", "set", "eth0", "up")
-    return machines, told(machines, within=TIME_OUT) and goes_on(folder)
+    return machines, told(machines) and goes_on(folder)
 
 
 def wrong_flag(folder: Path):
-    """A flag that node 1 refuses ends node 0 as well, after five minutes at most"""
+    """A flag that node 1 refuses ends node 0 as well, after a minute"""
     machines = wait(start(folder, "--runs-dir", folder, flags_of_1=["--gamma", 2]))
-    return machines, told(machines[:1], within=TIME_OUT)
+    return machines, told(machines[:1])
 
 
 def wrong_interface(folder: Path):

@@ -3,6 +3,7 @@
 Tests marked slow are skipped unless pytest is given --slow.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -13,8 +14,9 @@ import launch
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# For a2c_breakout.py, set before torch is imported: threads that wait on a busy machine sleep.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Set before torch is imported. One thread, and with it one worker of a2c_breakout.py, where a test
+# does not want more: starts are faster so. Threads that wait on a busy machine sleep.
+os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
 # Started in the background, or by nohup, Python would ignore these, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
@@ -42,6 +44,27 @@ def nothing_goes_on():
     """What a test has started ends with it."""
     yield
     launch.end_all()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A short run of a script, the same one for all tests: its folder, and its process.
+
+    Its folder is in another home, its console knows no Japanese, its desktop is none for pygame.
+    """
+    from short_runs import start
+
+    @functools.cache
+    def finish(name):
+        home = tmp_path_factory.mktemp("home")
+        env = {"HOME": str(home), "SDL_VIDEODRIVER": "wayland", "PYTHONIOENCODING": "cp1252"}
+        process = start(name, home, env=env, runs_dir="~/つくる")
+        assert process.wait() == 0, process.stderr
+        [run_dir] = home.glob("つくる/*")
+        assert [path.name for path in home.iterdir()] == ["つくる"]
+        return run_dir, process
+
+    return finish
 
 
 @pytest.fixture

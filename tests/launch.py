@@ -86,7 +86,7 @@ class Process:
         self.folder = Path(tempfile.mkdtemp())
         for name in ("stdout", "stderr"):
             (self.folder / name).touch()
-        env = {"OMP_NUM_THREADS": "2"} | env
+        env = {"OMP_NUM_THREADS": "1"} | env
         outputs = str(output or self.folder / "stdout"), str(self.folder / "stderr")
         args = (script, [str(flag) for flag in flags], str(cwd), env, limits, outputs)
         self.process = CONTEXT.Process(target=main, args=args)

@@ -5,41 +5,23 @@ import json
 import multiprocessing
 import re
 import resource
-import shutil
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from launch import Process, gone
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from short_runs import curves
+from torch.utils.tensorboard import SummaryWriter
 
 import a2c_breakout as a2c
+import play_breakout
 
 SCRIPT = Path(a2c.__file__)
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 BREAKOUT, PONG, QBERT = (f"{game}NoFrameskip-v4" for game in ("Breakout", "Pong", "Qbert"))
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """And with it one worker, where a test does not want more: starts are faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def start(*flags, script: Path | str = SCRIPT, threads: int = 1, **how) -> Process:
-    how["env"] = {"OMP_NUM_THREADS": f"{threads}"} | how.get("env", {})
-    return Process(script, *flags, **how)
 
 
 def train(folder: Path, **changes) -> dict:
@@ -62,11 +44,6 @@ def one_line(process: Process) -> str:
     [line] = process.stderr.splitlines()
     assert line.startswith("error: ")
     return line
-
-
-def points(folder: Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def load(path: Path) -> dict:
@@ -92,31 +69,13 @@ def test_screens_are_those_of_gymnasium(env_id):
             assert np.array_equal(ours.reset()[0], theirs.reset()[0])
 
 
-def test_a_game_of_breakout_ends_where_the_cartridge_serves_no_ball_any_more():
-    for env_id, frames in ((BREAKOUT, 65_536), (PONG, 108_000)):
-        emulator = a2c.make_env(env_id).unwrapped.ale
+@pytest.mark.parametrize(("env_id", "frames"), [(BREAKOUT, 65_536), (PONG, 108_000)])
+def test_the_emulator_gets_the_length_of_a_game_and_the_sticky_actions(env_id, frames):
+    """From frame 65,536 on, Breakout's cartridge serves no ball any more."""
+    for make_env in (a2c.make_env, play_breakout.make_env):  # the second value is 0 or False
+        emulator = make_env(env_id, 0, 0.25).unwrapped.ale
         assert emulator.getInt("max_num_frames_per_episode") == frames
-
-
-def test_an_environment_needs_no_open_file_of_its_own():
-    """Else 1024 of them would need more than a process may have."""
-    envs, files = [a2c.make_env(BREAKOUT)], len(list(Path("/proc/self/fd").iterdir()))
-    envs += [a2c.make_env(BREAKOUT), a2c.make_env(BREAKOUT)]
-    assert len(list(Path("/proc/self/fd").iterdir())) == files
-
-
-def test_sticky_actions_repeat_the_last_action():
-    """A paddle that is told right, left, right ... does not get far, unless one is repeated."""
-    far = {}
-    for sticky_actions in (0.0, 0.25):
-        env, places = a2c.make_env(BREAKOUT, 0, sticky_actions), []
-        env.reset(seed=1)
-        for step in range(100):
-            env.step(2 + step % 2)
-            places.append(int(env.unwrapped.ale.getRAM()[72]))  # of the paddle
-        far[sticky_actions] = max(places) - min(places)
-    assert far[0.0] < 5 and far[0.25] > 20
-    assert env.unwrapped.ale.getFloat("repeat_action_probability") == 0.25
+        assert emulator.getFloat("repeat_action_probability") == 0.25
 
 
 class Steps(gym.Env):
@@ -165,32 +124,7 @@ def test_a_lost_life_ends_the_episode_but_not_the_game(steps, idle, expected):
     assert seen == expected
 
 
-def test_the_stack_keeps_four_frames_and_forgets_them_at_a_reset():
-    env = a2c.make_env(BREAKOUT)
-    frames, _ = env.reset(seed=1)
-    for action in (1, 2, 2, 3, 3):
-        before = frames.copy()
-        frames = env.step(action)[0]
-        assert frames.shape == (4, 84, 84) and frames.dtype == np.uint8
-        assert np.array_equal(frames[:3], before[1:]) and not np.array_equal(frames[3], before[3])
-    frames, _ = env.reset()  # which goes on with a no-op
-    assert not frames[:3].any() and frames[3].any()
-
-
-# ---- the arithmetic ----
-
-
-def test_returns_equal_a_brute_force_sum_and_stop_at_the_end_of_an_episode():
-    T, N, gamma = 7, 5, 0.9
-    torch.manual_seed(0)
-    rewards, last_values = torch.randn(T, N), torch.randn(N)
-    masks = (torch.rand(T, N) > 0.3).float()
-    returns = a2c.compute_returns(rewards, masks, last_values, gamma)
-    for t, n in np.ndindex(T, N):
-        end = next((k for k in range(t, T) if masks[k, n] == 0), T)
-        total = sum(gamma ** (k - t) * rewards[k, n] for k in range(t, min(end + 1, T)))
-        total += gamma ** (T - t) * last_values[n] * (end == T)
-        assert returns[t, n] == pytest.approx(total.item(), abs=1e-5)
+# ---- the network ----
 
 
 def test_initialisation_is_the_books_and_its_weights_load():
@@ -262,51 +196,31 @@ def test_workers_fill_the_rollout_with_transitions_of_the_game():
 # ---- a run ----
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A short run, started from a copy of the script that lies alone in a folder: 100 updates."""
-    folder = tmp_path_factory.mktemp("alone")
-    flags = ["--num-envs", 1, "--num-steps", 2, "--total-timesteps", 200, "--max-idle-steps", 15]
-    process = start(*flags, script=Path(shutil.copy(SCRIPT, folder)), cwd=folder)
-    assert process.wait() == 0 and process.stderr == ""  # no banner
-    [run_dir] = (folder / "runs").iterdir()
-    return run_dir, process.stdout.splitlines()
-
-
-def test_a_run_says_where_it_begins_and_how_to_watch_it(finished):
-    folder = f"runs/{finished[0].name}"
-    first, *_, begins, last, done, watch = finished[1]
-    assert first == "ActorCritic(" and begins == f"{BREAKOUT}: begins in {folder}"
-    assert last.startswith("finished timesteps 200, last 100 games: mean/median ")
-    assert done == f"200 timesteps are done. Everything is in {folder}"
-    assert watch == f"Watch it: python play_breakout.py --weights {folder}/weight_end.pth"
-
-
-def test_a_run_leaves_all_its_files_and_curves(finished):
-    run_dir, _ = finished
-    names = {file.name for file in run_dir.iterdir() if "tfevents" not in file.name}
-    assert names == {"args.json", "checkpoint.pth", "lock", "result.json", "weight_0.pth",
-                     "weight_end.pth"}  # fmt: skip
-    result = json.loads((run_dir / "result.json").read_text())
-    assert result["timesteps"] == 200 and result["seed"] == 1 and result["steps_per_second"] > 0
-    assert {"ale_py", "cv2", "gymnasium", "numpy", "torch", "python"} == result["versions"].keys()
-    a2c.ActorCritic(4).load_state_dict(load(run_dir / "weight_end.pth"))
-    for name in ("value_loss", "policy_loss", "entropy"):
-        [(step, loss)] = points(run_dir, f"losses/{name}")
-        assert step == 200 and abs(loss) < 9
-    assert points(run_dir, "charts/learning_rate") == [(200, pytest.approx(7e-4 * 0.01))]
-    assert [step for step, _ in points(run_dir, "charts/SPS")] == [200]
-    (steps, returns), (_, lengths) = (
-        zip(*points(run_dir, f"charts/episodic_{what}")) for what in ("return", "length")
-    )
-    assert len(returns) == len(lengths) == result["games"] > 9 and min(lengths) >= 15
+def test_curves_and_result_tell_of_the_same_games(finished):
+    run_dir, _ = finished("a2c_breakout")
+    result, shown = json.loads((run_dir / "result.json").read_text()), curves(run_dir)
+    assert shown["charts/learning_rate"] == [(200, pytest.approx(7e-4 * 0.01))]
+    assert shown["charts/SPS"] == [(200, pytest.approx(result["steps_per_second"]))]
+    steps, returns = zip(*shown["charts/episodic_return"])
+    same_steps, lengths = zip(*shown["charts/episodic_length"])
+    assert len(returns) == result["games"] > 9 and min(lengths) >= 15
     assert result["mean_return"] == pytest.approx(np.mean(returns))
     assert list(steps) == sorted(set(steps)) and 0 < steps[0] and steps[-1] <= 200
+    assert same_steps == steps
 
 
-def test_the_line_of_output(capsys):
-    args, writer = a2c.Args(total_timesteps=3_700_000), SimpleNamespace(flush=lambda: None)
-    writer.add_scalar = lambda *_: None
+def test_each_loss_is_logged_under_its_own_name(tmp_path, monkeypatch):
+    """That of every hundredth update."""
+    losses, compute = [], a2c.compute_losses
+    spied = lambda *batch: losses.append(compute(*batch)) or losses[-1]  # noqa: E731
+    monkeypatch.setattr(a2c, "compute_losses", spied)
+    train(tmp_path, num_steps=1, total_timesteps=100)
+    for name, loss in zip(("value_loss", "policy_loss", "entropy"), losses[-1]):
+        assert curves(tmp_path)[f"losses/{name}"] == [(100, pytest.approx(loss.item()))]
+
+
+def test_the_line_of_output(capsys, tmp_path):
+    args, writer = a2c.Args(total_timesteps=3_700_000), SummaryWriter(tmp_path)
     progress = {"timesteps": 100_000, "seconds": 100, "games": 0, "last_scores": [], "to_log": []}
     a2c.log(args, writer, progress, {}, 0)
     progress["to_log"] = [(number, number, 5) for number in range(150)]  # timestep, score, length
@@ -316,16 +230,6 @@ def test_the_line_of_output(capsys):
         f"finished timesteps 100000, no game is over yet, {end}"
         f"finished timesteps 100000, last 100 games: mean/median 99.5/99.5, min/max 50/149, {end}"
     )
-
-
-def test_a_callers_process_stays_as_it_was(tmp_path):
-    def settings():
-        handlers = [signal.getsignal(signum) for signum in a2c.STOP_SIGNALS]
-        return handlers, torch.get_num_threads(), threading.excepthook
-
-    before = settings()
-    train(tmp_path, total_timesteps=5)
-    assert settings() == before
 
 
 def test_on_a_gpu_the_workers_get_every_update(tmp_path, pretend_a_gpu, monkeypatch):
@@ -376,7 +280,7 @@ def test_an_update_is_rmsprops_step_with_the_clipped_gradient_of_the_whole_loss(
         gradient = weight.grad * min(1, max_grad_norm / norm)
         expected = weight - 7e-4 * gradient / ((0.01 * gradient**2).sqrt() + 1e-3)
         assert torch.allclose(checkpoint["network"][name].double(), expected, atol=1e-6)
-    scores, lengths = (points(tmp_path, f"charts/episodic_{x}") for x in ("return", "length"))
+    scores, lengths = (curves(tmp_path)[f"charts/episodic_{x}"] for x in ("return", "length"))
     assert min(scores)[1] < 0 and all(score % 7 == 0 for _, score in scores)  # not their signs
     assert min(length for _, length in lengths) == 5
 
@@ -412,76 +316,21 @@ def test_idle_games_end_in_breakout_only_unless_one_says_so():
     assert a2c.Args(env_id=PONG, max_idle_steps=9).max_idle_steps == 9
 
 
-NAN, INF = float("nan"), float("inf")
-
-
 @pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("num_envs", [0, -3], "must be 1 or more, not "),
-        ("num_steps", [0], "must be 1 or more"),
-        ("total_timesteps", [79], "must be an update or more"),
-        ("max_idle_steps", [-1], "must be 0 or more"),
-        ("sticky_actions", [1.0, -0.1], "must be from 0 to below 1"),
-        ("average_decay", [1.0], "must be from 0 to below 1"),
-        ("gamma", [NAN, 1.1], "must be from 0 to 1, not (nan|1.1)"),
-        ("learning_rate", [NAN, INF, 0.0], "must be above 0"),
-        ("rmsprop_eps", [0.0], "must be above 0"),
-        ("max_grad_norm", [0.0], "must be above 0"),
-        ("entropy_coef", [-0.1], "must be 0 or more"),
-        ("value_loss_coef", [NAN], "must be 0 or more"),
-        ("seed", [-1, 2**31], r"must be from 0 to 2\*\*31 - 1"),
-        ("device", ["cuda"], "must be auto or cpu"),
-        ("checkpoint_every", [0], "must be 1 or more"),
-        ("num_envs", [10**9], ".*not enough shared memory"),
-        ("env_id", ["NoSuchNoFrameskip-v4", "CartPole-v1", "ALE/Breakout-v5", ""], "not a game of"),
-    ],
-)
-def test_bad_input_is_refused_and_leaves_nothing(tmp_path, name, values, message):
-    for value in values:
-        flags = {"runs_dir": tmp_path / "runs", "total_timesteps": 10**11} | {name: value}
-        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}.* {message}") as error:
-            a2c.train(a2c.Args(**flags))
-        assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
-
-
-def test_bad_input_is_one_message_on_the_command_line(tmp_path):
-    refused = start("--gamma", "nan", cwd=tmp_path)
-    (tmp_path / "file").write_text("in the way")
-    assert "Not a directory" in one_line(start("--runs-dir", tmp_path / "file"))
-    assert refused.wait() == 2 and "--gamma must be from 0 to 1, not nan" in refused.stderr
-    assert "Traceback" not in refused.stderr and not (tmp_path / "runs").exists()
+    ("flags", "message"),
+    [({"num_envs": 10**9, "total_timesteps": 10**11}, "--num-envs.*not enough shared memory"),
+     *[({"env_id": name}, "--env-id.*not a game of")
+       for name in ("NoSuchNoFrameskip-v4", "CartPole-v1", "ALE/Breakout-v5", "")]],
+)  # fmt: skip
+def test_what_the_machine_or_ale_py_cannot_do_is_refused_and_leaves_nothing(
+    tmp_path, flags, message
+):
+    with pytest.raises(ValueError, match=rf"\A{message}.*\Z"):
+        a2c.train(a2c.Args(runs_dir=tmp_path / "runs", **flags))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_too_little_shared_memory_for_the_network_is_one_line(tmp_path):
     """Its largest matrix has 6 MB; the storage of one environment has less."""
-    process = start("--num-envs", 1, cwd=tmp_path, limits={resource.RLIMIT_FSIZE: 10**6})
+    process = Process(SCRIPT, "--num-envs", 1, cwd=tmp_path, limits={resource.RLIMIT_FSIZE: 10**6})
     assert "not enough shared memory" in one_line(process)
-
-
-def test_paths_may_be_strings_and_begin_with_a_tilde_and_flags_come_back(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    given = a2c.Args(num_envs=1, num_steps=1, total_timesteps=1, runs_dir="~/a", resume="~/b")
-    a2c.train(given)
-    again = a2c.Args(**json.loads((tmp_path / "b" / "args.json").read_text()))
-    assert again == given and again.resume == tmp_path / "b" and again.runs_dir == tmp_path / "a"
-
-
-def test_it_runs_from_a_cell_and_prints_a_folder_of_any_name(tmp_path):
-    """As exec'd source, which has no __file__, on a console that knows no Japanese."""
-    flags = ["--num-envs", 1, "--num-steps", 1, "--total-timesteps", 1, "--runs-dir", "日本"]
-    process = start(*flags, script=SOURCE, cwd=tmp_path, env={"PYTHONIOENCODING": "cp1252"})
-    assert process.wait() == 0, process.stderr
-    [run_dir] = (tmp_path / "日本").iterdir()
-    assert rf"begins in \u65e5\u672c/{run_dir.name}" in process.stdout
-
-
-@slow
-def test_a_shell_starts_it_and_head_ends_it(tmp_path):
-    flags = f"--num-envs 1 --num-steps 1 --resume {tmp_path}"
-    code = f"{sys.executable} {SCRIPT} {flags} | head -19"
-    command = ["bash", "-c", code + "; exit ${PIPESTATUS[0]}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 128 + signal.SIGPIPE and done.stderr == ""
-    last = int(re.findall(r"finished timesteps (\d+)", done.stdout)[-1])  # then 101 updates more
-    assert load(tmp_path / "checkpoint.pth")["progress"]["timesteps"] == last + 101

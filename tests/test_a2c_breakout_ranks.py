@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import torch
-from launch import children, gone, wait_for
-from test_a2c_breakout import (  # noqa: F401
-    SCRIPT, SOURCE, at, load, one_line, one_thread, points, slow, start, train,
-)  # fmt: skip
+from launch import Process, children, gone, wait_for
+from short_runs import curves
+from test_a2c_breakout import SCRIPT, SOURCE, at, load, one_line, slow
 from test_a2c_breakout_resume import CTRL_C, FLAGS, begin, digest
+
 
 def ranks(run_dir, *scripts, **changes) -> list:
     """Begins a run as torchrun does, a script for each rank."""
@@ -52,7 +52,7 @@ def test_two_ranks_make_the_run_of_one_process(tmp_path):
         assert begin(folder, **flags).wait() == 0
     envs = [load(folder / "checkpoint.pth")["envs"] for folder in (one, two)]
     assert digest(envs[0]) == digest(envs[1])
-    lengths = [points(folder, "charts/episodic_length") for folder in (one, two)]
+    lengths = [curves(folder)["charts/episodic_length"] for folder in (one, two)]
     assert lengths[0] == lengths[1] != []
 
 
@@ -64,27 +64,20 @@ def test_ranks_with_different_flags_are_refused_in_a_line_each(tmp_path):
         assert one_line(process) == f"error: rank {rank}: {line}"
 
 
-def test_several_hosts_need_the_name_of_their_network_interface(tmp_path):
-    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    process = begin(tmp_path, env=env)
-    assert "rank 0: set GLOO_SOCKET_IFNAME to the network interface" in one_line(process)
-
-
-def test_environments_must_divide_among_the_ranks(tmp_path):
-    """Not the default, 16, which a run of six environments never had."""
+def test_environments_must_divide_among_the_ranks_and_several_hosts_name_their_network(tmp_path):
     env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1"}
     process = begin(tmp_path / "run", env=env)
     assert "rank 0: --num-envs must be a multiple of 3, the number of ranks" in one_line(process)
     assert not (tmp_path / "run").exists()
-    (tmp_path / "args.json").write_text(json.dumps(FLAGS | {"num_envs": 6}))
+    (tmp_path / "args.json").write_text(json.dumps(FLAGS | {"num_envs": 6}))  # they are counted
     process = begin(tmp_path, env=env, num_envs=6)
-    assert "set GLOO_SOCKET_IFNAME" in one_line(process)
+    assert "rank 0: set GLOO_SOCKET_IFNAME to the network interface" in one_line(process)
 
 
 @slow
 def test_a_rank_that_is_missing_ends_the_others_in_one_line(tmp_path):
-    """After five minutes; here, two seconds."""
-    [alone] = ranks(tmp_path, SOURCE.replace("minutes=5", "seconds=2"))
+    """After a minute; here, two seconds."""
+    [alone] = ranks(tmp_path, SOURCE.replace("minutes=1", "seconds=2"))
     assert one_line(alone).startswith("error: rank 0: ")
 
 
@@ -102,4 +95,4 @@ def test_torchrun_ends_all_ranks_when_one_dies_and_the_run_goes_on(tmp_path):
     assert len(errors) <= 1 and all(line.startswith("error: rank 0: ") for line in errors)
     saved = load(tmp_path / "checkpoint.pth")["progress"]["timesteps"]
     assert saved > 0 and saved % 100 == 0
-    assert start("--resume", tmp_path, script=at(saved // 20 + 3, CTRL_C)).wait() == 0
+    assert Process(at(saved // 20 + 3, CTRL_C), "--resume", tmp_path).wait() == 0

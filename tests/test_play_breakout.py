@@ -2,12 +2,12 @@
 
 import json
 import math
-import resource
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,6 +17,7 @@ import pytest
 import torch
 from launch import Process
 from PIL import Image
+from short_runs import policy, source, start
 
 import a2c_breakout
 import play_breakout
@@ -28,26 +29,11 @@ NOOP, FIRE, RIGHT, LEFT = range(4)
 BY_CHANCE = (0.0, 0.0, 0.0, 0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def network() -> ActorCritic:
-    torch.manual_seed(0)
-    return ActorCritic(4)
-
-
-@pytest.fixture(scope="module")
-def weights(network, tmp_path_factory) -> Path:
-    """A policy that has learnt nothing: its lives are over after some 30 decisions."""
-    path = tmp_path_factory.mktemp("weights") / "weight_end.pth"
-    torch.save(network.state_dict(), path)
-    return path
+    network = ActorCritic(4)
+    network.load_state_dict(torch.load(policy()))
+    return network
 
 
 class Always(torch.nn.Module):
@@ -174,13 +160,6 @@ def test_a_whole_game_is_five_lives_and_its_score_their_sum(monkeypatch):
     assert 0 <= noops + 4 * (len(game.actions) + restarts) - len(rewards) < 4 * 5
 
 
-@pytest.mark.parametrize(("env_id", "frames"), [(BREAKOUT, 65_536), (PONG, 108_000)])
-def test_no_game_goes_on_behind_its_frame_limit(env_id, frames):
-    """From frame 65,536 on, Breakout's cartridge serves no ball any more."""
-    ale = make_env(env_id, whole_games=False).unwrapped.ale
-    assert ale.getInt("max_num_frames_per_episode") == frames
-
-
 def test_actions_are_drawn_from_the_policy_or_are_the_likeliest():
     env = make_env(BREAKOUT, whole_games=False)
     games = [Game(env, seed, whole=False) for seed in range(2)]
@@ -207,10 +186,8 @@ def test_attempts_go_on_until_one_is_over_the_target(played, capsys, tmp_path):
     assert result["scores"] == [0, 0, 0, 0, 2] and policy.batches[0] == max(policy.batches) == 1
     assert [game.seed for game in games] == [50, 51, 52, 53, 54] and played.filmed == games[-1:]
     assert "attempt 4: 0\nattempt 5: 2\n" in capsys.readouterr().out
-    run_dir, saved = only_run(tmp_path)
-    assert saved == result and run_dir.name.startswith("play_breakout__50__")
-    assert saved.keys() == {"seed", "seconds", "versions", "scores", "mean", "std", "min", "max"}
-    assert saved["versions"].keys() == {"python", "ale_py", "torch", "gymnasium", "numpy", "cv2"}
+    assert only_run(tmp_path)[1] == result
+    assert result.keys() == {"seed", "seconds", "versions", "scores", "mean", "std", "min", "max"}
 
 
 def test_when_the_target_is_missed_the_best_is_filmed_all_the_same(played, capsys):
@@ -306,25 +283,6 @@ def test_a_policy_that_never_serves_is_filmed_in_flat_memory(network, tmp_path):
     assert count_frames(run_dir / "film.mp4") == 65_536 / 4
 
 
-@pytest.mark.parametrize(
-    ("env", "size"),
-    [({"IMAGEIO_FFMPEG_EXE": "/bin/false"}, None), ({"IMAGEIO_FFMPEG_EXE": "nowhere"}, None),
-     ({}, 1_000), ({}, 12_000)],
-    ids=["broken ffmpeg", "no ffmpeg", "disk full at once", "disk full at the end"],
-)  # fmt: skip
-def test_a_film_that_cannot_be_made_is_told_and_all_else_is_kept(env, size, tmp_path):
-    limits = {resource.RLIMIT_FSIZE: size} if size else {}
-    flags = ["--random", "--runs-dir", "runs"]
-    process = Process(SCRIPT, *flags, cwd=tmp_path, env=env, limits=limits)
-    assert process.wait() == 1
-    run_dir, _ = only_run(tmp_path / "runs")
-    [line] = process.stderr.splitlines()
-    assert line.startswith("error: no film: ")
-    assert line.endswith(f"everything else is in {run_dir.relative_to(tmp_path)}")
-    names = {path.name for path in run_dir.iterdir()}
-    assert names == {"args.json", "result.json", "first_screen.png"}  # and no half film
-
-
 def test_a_film_whose_end_is_missing_is_no_film(tmp_path, monkeypatch):
     """The disk got full, say, which ffmpeg does not tell: a GIF without its end still opens."""
     game = Game(make_env(BREAKOUT, whole_games=False), seed=53, whole=False)
@@ -345,158 +303,95 @@ def test_a_film_whose_end_is_missing_is_no_film(tmp_path, monkeypatch):
 # ---- weights -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["own", "book", "old format", "0.1", "0.2", "0.3", "float16"])
-def test_weights_of_every_kind_are_read(kind, network, tmp_path):
-    own = network.state_dict()
+def test_weights_of_every_kind_are_read(network, tmp_path):
+    own, path = network.state_dict(), tmp_path / "w.pth"
     checkpoint = {"network": {name: weight + 1 for name, weight in own.items()}, "averaged": own}
-    content = {
-        "book": {name: weight.clone().contiguous() for name, weight in own.items()},
-        "0.1": {"network": own, "optimizer": {}, "args": {}, "progress": {}, "ranks": []},
-        "0.2": {**checkpoint, "machine": "cpu", "env_id": BREAKOUT},
-        "0.3": {**checkpoint, "progress": {}, "envs": [], "env_id": BREAKOUT},
-        "float16": {name: weight.half() for name, weight in own.items()},
-    }.get(kind, own)
-    path, zipped = tmp_path / "w.pth", kind != "old format"
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    loaded = load_network(path, make_env(BREAKOUT, whole_games=True)).state_dict()
-    for name, weight in loaded.items():
-        assert weight.dtype == torch.float32 and torch.allclose(weight, own[name], atol=1e-3)
+    kinds = [own, {name: weight.clone().contiguous() for name, weight in own.items()},  # the book's
+             {name: weight.half() for name, weight in own.items()},
+             {"network": own, "optimizer": {}, "args": {}, "progress": {}},  # of version 0.1, 0.3
+             {**checkpoint, "progress": {}, "envs": [], "env_id": BREAKOUT}]  # fmt: skip
+    for number, content in enumerate([*kinds, own]):
+        torch.save(content, path, _use_new_zipfile_serialization=number < len(kinds))
+        loaded = load_network(path, make_env(BREAKOUT, whole_games=True)).state_dict()
+        for name, weight in loaded.items():
+            assert weight.dtype == torch.float32 and torch.allclose(weight, own[name], atol=1e-3)
 
 
 class Bomb:
-    """Pickled, it is a call of open(path, "w") for whoever unpickles it without care."""
+    """Pickles as a call that would make a folder."""
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
+    __reduce__ = lambda self: (os.mkdir, ("bomb",))  # noqa: E731
 
 
-DAMAGED = "is missing, damaged, or holds no weights"
-FAULTS = {
-    "missing": DAMAGED, "folder": DAMAGED, "empty": DAMAGED, "truncated": DAMAGED,
-    "noise": DAMAGED, "code": DAMAGED, "list": DAMAGED, "foreign": "fc.weight",
-    "one missing": "actor.bias", "no tensors": "<class 'int'>", "shape": "conv.7.weight: .*100",
-    "actions": "does not fit BreakoutNoFrameskip-v4: .*actor.bias: .*6.*4",
-    "another game": "wants --env-id PongNoFrameskip-v4", "not finite": "not all are finite",
-    "huge": "so large that they overflow",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", FAULTS)
-def test_bad_weights_are_refused_and_their_fault_is_told(kind, weights, tmp_path):
-    good, path, marker = torch.load(weights), tmp_path / "bad.pth", tmp_path / "marker"
-    whole = weights.read_bytes()
-    content = {
-        "empty": b"", "truncated": whole[: len(whole) // 2], "list": [1, 2],
-        "noise": np.random.default_rng(0).bytes(5000), "foreign": {"fc.weight": torch.zeros(2)},
-        "code": {**good, "conv.0.weight": Bomb(marker)}, "actions": ActorCritic(6).state_dict(),
-        "one missing": {name: good[name] for name in good if name != "actor.bias"},
-        "no tensors": dict.fromkeys(good, 0),
-        "shape": {**good, "conv.7.weight": torch.zeros(512, 100)},
-        "another game": {"averaged": good, "env_id": PONG},
-        "not finite": {**good, "actor.bias": torch.full((4,), math.nan)},
-        "huge": {name: weight * 1e20 for name, weight in good.items()},
-    }.get(kind)  # fmt: skip
-    if kind == "folder":
-        path.mkdir()
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    elif kind != "missing":
-        torch.save(content, path)
-    with pytest.raises(ValueError, match=f"^--weights.*{FAULTS[kind]}") as error:
-        play_breakout.play(Args(weights=path, runs_dir=tmp_path / "runs"))
-    assert "\n" not in str(error.value) and not marker.exists()
+def test_bad_weights_are_refused_and_their_fault_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good, whole = torch.load(policy()), policy().read_bytes()
+    damaged = "is missing, damaged, or holds no weights"
+    faults = [
+        (None, damaged), (b"", damaged), (whole[: len(whole) // 2], damaged), ([1, 2], damaged),
+        (np.random.default_rng(0).bytes(5000), damaged), ({"fc.weight": Bomb()}, damaged),
+        ({"fc.weight": torch.zeros(2)}, "fc.weight"), (dict.fromkeys(good, 0), "<class 'int'>"),
+        ({name: good[name] for name in good if name != "actor.bias"}, "actor.bias"),
+        ({**good, "conv.7.weight": torch.zeros(512, 100)}, "conv.7.weight: .*100"),
+        (ActorCritic(6).state_dict(), "does not fit BreakoutNoFrameskip-v4: .*actor.bias: .*6.*4"),
+        ({"averaged": good, "env_id": PONG}, "wants --env-id PongNoFrameskip-v4"),
+        ({**good, "actor.bias": torch.full((4,), math.nan)}, "not all are finite"),
+        ({name: weight * 1e20 for name, weight in good.items()}, "so large that they overflow"),
+    ]  # fmt: skip
+    for content, fault in faults:
+        if isinstance(content, bytes):
+            Path("bad.pth").write_bytes(content)
+        elif content:
+            torch.save(content, "bad.pth")
+        with pytest.raises(ValueError, match=rf"\A--weights.*{fault}.*\Z"):
+            play_breakout.play(Args(weights="bad.pth", max_attempts=1))
+    assert not Path("bomb").exists()
 
 
 @pytest.mark.parametrize(
     "flags",
-    [{"seed": -1}, {"seed": 2**31}, {"target_score": math.nan}, {"target_score": math.inf},
-     {"sticky_actions": -0.1}, {"sticky_actions": 1.0}, {"sticky_actions": math.nan},
-     {"max_attempts": 0}, {"full_games": 0}, {"full_games": -3}, {"env_id": ""},
-     {"random": True, "weights": "w.pth"}, {"random": True, "greedy": True},
-     {"env_id": "NoSuchGame-v1"}, {"env_id": "nosuchmodule:Game-v1"}, {"env_id": "not an id"},
-     {"env_id": "CartPole-v1"}, {"env_id": "ALE/Breakout-v5"},
-     {"env_id": "BreakoutNoFrameskip-v0"}, {"device": "cuda"}],
+    [{"random": True, "weights": "w.pth"}, {"random": True, "greedy": True},
+     *[{"env_id": name} for name in ("", "NoSuchGame-v1", "nosuchmodule:Game-v1", "not an id",
+                                     "CartPole-v1", "ALE/Breakout-v5", "BreakoutNoFrameskip-v0")]],
     ids=str,
 )  # fmt: skip
-def test_values_that_make_no_sense_are_refused(flags, tmp_path):
-    with pytest.raises(ValueError) as error:
+def test_flags_that_contradict_each_other_and_other_games_are_refused(flags, tmp_path):
+    with pytest.raises(ValueError, match=rf"\A--{[*flags][0].replace('_', '-')}.*\Z"):
         play_breakout.play(Args(runs_dir=tmp_path / "runs", **flags))
-    assert f"--{next(iter(flags)).replace('_', '-')}" in str(error.value)
-    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
-
-
-def test_paths_are_strings_or_begin_with_a_tilde_and_args_json_gives_the_args_back(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    args = Args(weights="~/w.pth", runs_dir="~/runs")
-    assert (args.weights, args.runs_dir) == (Path("/home/me/w.pth"), Path("/home/me/runs"))
-    assert Args(**json.loads(json.dumps(asdict(args), default=str))) == args
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- as a user runs it -------------------------------------------------------------------------
 
 
-def test_copied_alone_it_plays_at_random_and_asks_for_a_policy(tmp_path):
-    script = shutil.copy(SCRIPT, tmp_path)
-    without = Process(Path(script), cwd=tmp_path)
-    assert without.wait() == 1 and without.stdout == ""
-    [line] = without.stderr.splitlines()
-    assert line.startswith("error: --weights: ") and "`python a2c_breakout.py` makes" in line
+def test_without_a_policy_it_says_how_to_make_one(tmp_path):
+    process = start("play_breakout", tmp_path, weights="missing.pth")
+    assert process.wait() == 1 and process.stdout == ""
+    assert re.fullmatch("error: --weights: .*`python a2c_breakout.py` makes.*\n", process.stderr)
     assert not (tmp_path / "runs").exists()
 
-    done = Process(Path(script).read_text(), "--random", cwd=tmp_path)  # as in a notebook's cell
-    assert (done.wait(), done.stderr) == (0, "")
+
+def test_a_first_look_at_the_game_shows_its_actions_and_its_screen(tmp_path):
+    process = Process(source("play_breakout"), "--random", cwd=tmp_path)
+    assert (process.wait(), process.stderr) == (0, "")
     run_dir, result = only_run(tmp_path / "runs")
-    where, actions, meaning, screen, game, scores, filming, last = done.stdout.splitlines()
-    assert where.endswith(str(run_dir.relative_to(tmp_path)))
+    _, actions, *_, game, _, filming, _ = process.stdout.splitlines()
     assert actions == "actions: NOOP, FIRE, RIGHT, LEFT"
-    assert "FIRE serves" in meaning and "the lives that are left" in screen
     assert [f"game 1: {score:g}" for score in result["scores"]] == [game]
     assert filming.startswith("filming game 1")
-    assert last == str(run_dir.relative_to(tmp_path) / "film.mp4")
-    files = {"args.json", "result.json", "first_screen.png", "film.mp4"}  # and no GIF
-    assert {path.name for path in run_dir.iterdir()} == files
     first_screen = imageio.imread(run_dir / "first_screen.png")
     assert first_screen.shape == (210, 160, 3)
     assert len(np.unique(first_screen.reshape(-1, 3), axis=0)) > 6  # rows of bricks
     assert count_frames(run_dir / "film.mp4") > 100
 
 
-def test_a_folder_of_any_name_is_printed_and_one_that_cannot_be_made_refused(weights, tmp_path):
-    flags = ["--weights", weights, "--max-attempts", "1", "--runs-dir"]
-    done = Process(SCRIPT, *flags, "二", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
-    assert done.wait() == 0 and done.stdout.splitlines()[-1].startswith(r"\u4e8c/play_breakout__")
-    (tmp_path / "mine").write_text("mine")
-    refused = Process(SCRIPT, *flags, "mine", cwd=tmp_path)
-    assert refused.wait() == 1 and refused.stderr.startswith("error: ")
-    assert refused.stderr.count("\n") == 1 and (tmp_path / "mine").read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGHUP under nohup"])
-def test_what_ends_it_keeps_what_there_is(name, weights, tmp_path):
-    nohup = "signal.signal(signal.SIGHUP, signal.SIG_IGN);" if "nohup" in name else ""
-    code = f"import runpy, signal; {nohup} runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    flags = ["--weights", weights, "--runs-dir", tmp_path, "--max-attempts", 12]
-    process = Process(code, *flags).until("attempt 2:")
-    process.send_signal(getattr(signal, name.split()[0]))
-    assert (process.wait(), process.stderr) == (0 if nohup else 130, "")
-    run_dir, result = only_run(tmp_path)
-    assert process.stdout.splitlines()[-1] == str(run_dir / "film.mp4")
-    assert 2 <= len(result["scores"]) < 12 or nohup
-    assert count_frames(run_dir / "film.mp4") > 10
-
-
 @pytest.mark.parametrize("ctrl_c", [False, True], ids=["head", "tee"])
-def test_a_reader_that_goes_away_costs_neither_result_nor_film(ctrl_c, weights, tmp_path):
+def test_a_reader_that_goes_away_costs_neither_result_nor_film(ctrl_c, tmp_path):
     """As head does after its lines, and tee at Ctrl-C, which ends play_breakout.py as well."""
-    flags = ["--weights", weights, "--runs-dir", tmp_path, "--max-attempts", "6"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    flags = ["--weights", policy(), "--runs-dir", tmp_path, "--max-attempts", "6"]
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *flags], **pipes,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+        [sys.executable, SCRIPT, *flags], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.readline(), process.stdout.readline()
     process.stdout.close()
     if ctrl_c:

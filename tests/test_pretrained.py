@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import play_breakout
 
@@ -14,12 +13,9 @@ TEXT = play_breakout.PRETRAINED.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def play(tmp_path: Path, monkeypatch, **flags) -> dict:
-    """What the default policy scores on one thread; it is not filmed."""
+    """What the default policy scores; it is not filmed."""
     monkeypatch.setattr(play_breakout, "film", lambda *_, **__: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     result = play_breakout.play(play_breakout.Args(runs_dir=tmp_path, **flags))
-    torch.set_num_threads(threads)
     [run_dir] = tmp_path.iterdir()
     assert json.loads((run_dir / "result.json").read_text()) == result
     return result

@@ -155,6 +155,11 @@ def test_every_picture_is_shown():
         assert picture.relative_to(ROOT).as_posix() in shown
 
 
+@pytest.mark.parametrize(("name", "limit"), [("README", 165), ("docs/breakout", 260)])
+def test_pages_are_short(name, limit):
+    assert max(len(read(name + end).splitlines()) for end in (".md", ".ja.md")) <= limit
+
+
 @pytest.mark.parametrize("name", PAGES + OTHERS)
 def test_every_call_names_a_program_and_flags_that_exist(name):
     """A flag by itself is one that some program or a tool has. (CHANGELOG.md names old ones.)"""
@@ -162,17 +167,6 @@ def test_every_call_names_a_program_and_flags_that_exist(name):
         its_own, _, _ = arguments.partition(" -- ")  # the rest is for the script that it calls
         assert flags(its_own) <= known_flags(program), program + arguments
     assert flags(read(name)) <= TOOLS.union(*map(known_flags, SCRIPTS + BENCHMARKS))
-
-
-@pytest.mark.parametrize(("name", "limit"), [("README", 165), ("docs/breakout", 260)])
-def test_pages_are_short(name, limit):
-    assert max(len(read(name + end).splitlines()) for end in (".md", ".ja.md")) <= limit
-
-
-@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
-def test_the_set_up_commands_stand_alone(name):
-    for command in ("python a2c_breakout.py --num-envs 16", "python -m pytest"):
-        assert ("sh", f"pip install -r requirements.txt && {command}\n") in blocks(name)
 
 
 # ---- sources and inline metadata ---------------------------------------------------------------

@@ -430,14 +430,9 @@ def train(args: Args) -> dict:
         print(f"The weights are in {run_dir}")
     seconds = time.perf_counter() - start
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-    result = {
-        "seed": args.seed,
-        "seconds": seconds,
-        "versions": {"python": sys.version.split()[0], **versions},
-        **outcome,
-        "steps_per_second": outcome["steps"] / seconds,
-        **evaluate(averaged, args),
-    }
+    versions["python"] = sys.version.split()[0]
+    result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
+    result |= {"steps_per_second": outcome["steps"] / seconds, **evaluate(averaged, args)}
     save(run_dir / "result.json", json.dumps(result, indent=2).encode())
     print(f"Greedy: {result['eval_mean']:.1f} steps an episode")
     film(averaged, args, run_dir)

@@ -39,11 +39,11 @@ BOOTSTRAP = f"""{CUT}
                         value = network(torch.from_numpy(frames)[None])[0].item()
                         rewards[t, i] = np.sign(rewards[t, i]) + args.gamma * value"""
 SIGN = "storage.rewards.sign() if args.clip_rewards else storage.rewards"
-SIGN_BUT_OF_VALUES = "torch.where(storage.rewards % 1 == 0, storage.rewards.sign(), storage.rewards)"
+MIXED = "torch.where(storage.rewards % 1 == 0, storage.rewards.sign(), storage.rewards)"
 
 
 class RootRMSprop(torch.optim.Optimizer):
-    """v <- alpha v + (1 - alpha) g^2, w <- w - lr g / sqrt(v + eps) (Mnih et al. 2016, section 4)."""
+    """v <- alpha v + (1 - alpha) g^2, w <- w - lr g / sqrt(v + eps) (Mnih et al. 2016, 4)."""
 
     def __init__(self, parameters, alpha: float, eps: float):
         super().__init__(parameters, {"lr": 0.0, "alpha": alpha, "eps": eps})
@@ -79,7 +79,7 @@ def main() -> None:
         torch.optim.RMSprop = RootRMSprop
     if args.name == "bootstrap":
         replace(CUT, BOOTSTRAP)
-        replace(SIGN, SIGN_BUT_OF_VALUES)
+        replace(SIGN, MIXED)
     folder = ROOT / "runs" / "trials" / f"{args.name}_{args.seed}"
     for signum in a2c.STOP_SIGNALS:
         signal.signal(signum, a2c.request_stop)

@@ -43,7 +43,10 @@ MIXED = "torch.where(storage.rewards % 1 == 0, storage.rewards.sign(), storage.r
 
 
 class RootRMSprop(torch.optim.Optimizer):
-    """v <- alpha v + (1 - alpha) g^2, w <- w - lr g / sqrt(v + eps) (Mnih et al. 2016, 4)."""
+    """The paper's (Mnih et al. 2016, section 4), with epsilon inside the root:
+
+    v <- alpha v + (1 - alpha) g^2,    w <- w - lr g / sqrt(v + eps)
+    """
 
     def __init__(self, parameters, alpha: float, eps: float):
         super().__init__(parameters, {"lr": 0.0, "alpha": alpha, "eps": eps})

@@ -91,7 +91,7 @@ class Machine:
         """What the rank wrote, without what its libraries log: [W1128 21:48:58 socket.cpp ..."""
         files = self.logs.glob("*/attempt_0/0/stderr.log")
         lines = [line for file in files for line in file.read_text().splitlines()]
-        return "\n".join(line for line in lines if not line.startswith("["))
+        return "\n".join(x.replace(f"{ROOT}/", "") for x in lines if not x.startswith("["))
 
 
 def start(folder: Path, *flags, flags_of_1=(), **settings) -> list[Machine]:

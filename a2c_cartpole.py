@@ -23,11 +23,12 @@ for the last. To let V stand for what was not played is called bootstrapping, an
 A_t, an estimate.
 
 The first term is the policy gradient: an action that went better than expected gets more likely,
-one that went worse less. A_t is a constant in it: V learns from the second term alone, which moves
-it towards R_t, a constant as well. V is the baseline: with R_t alone, every action in a good state
-would get more likely, the worse one as well. The third term is the entropy, highest where all
-actions are equally likely. It keeps the policy, from which the actions are drawn, from settling too
-soon: only actions that are tried (exploration) show what they bring.
+one that went worse less. On average, the gradient of R_t log pi is that of the expected return. A_t
+is a constant in it: V learns from the second term alone, which moves it towards R_t, a constant as
+well (else R_t would move towards V). V is the baseline: with R_t alone, whichever action was drawn
+in a good state would get more likely, the worse one as well. The third term is the entropy, highest
+where all actions are equally likely. It keeps the policy, from which the actions are drawn, from
+settling too soon: only actions that are tried (exploration) show what they bring.
 
 There is no replay memory: A_t tells how good an action was if the policy goes on as it is, so steps
 of an older policy would teach the wrong thing. A2C is on-policy. In place of a memory, 32 poles,
@@ -163,8 +164,8 @@ class CartPoles:
         decided = ~self.dones
         observations, _, terminated, truncated, _ = self.envs.step(actions.numpy())
         self.observations = torch.from_numpy(observations)
-        # We treat the time limit as terminal and do not bootstrap from it, since reaching it is
-        # the goal here. In most other tasks only `terminated`, a fall, may cut it off.
+        # The time limit counts as an end too, since to reach it is the goal here. In most other
+        # tasks the next state still has its value there, and only `terminated` cuts it off.
         self.dones = torch.from_numpy(terminated | truncated)
         self.steps = torch.where(decided, self.steps + 1, 0)
         self.last_lengths = torch.where(self.dones, self.steps, self.last_lengths)
@@ -251,7 +252,7 @@ def compute_losses(
 
 
 def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: SummaryWriter) -> dict:
-    """Trains the network until the task is solved, which is judged on its own, exploring episodes.
+    """Trains the network until its own episodes, random actions included, have solved the task.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns,
     for result.json, environment 0's last episode if solved (from 0), the number of its episodes,

@@ -22,8 +22,8 @@ before, a step at a time. Huber(d) is d^2 / 2, and |d| - 1/2 where |d| is above 
 pulls too hard.
 
 An action is the one with the highest Q (greedy) or, with probability epsilon = 0.5 / (episode + 1),
-random. This is epsilon-greedy exploration. Without it, an action that once looked worse might never
-be taken again, and the agent would not find out that it is better.
+random: ever less often, as Q gets better. This is epsilon-greedy exploration. Without it, an action
+that once looked worse might never be taken again, and the agent not find out that it is better.
 
 Consecutive steps resemble each other, and a network trained on them in order forgets the rest.
 Hence the replay memory: each update draws a random batch from the last 10,000 transitions. Those of
@@ -222,7 +222,7 @@ def td_targets(network: QNetwork, batch: Batch, gamma: float) -> Tensor:
 
 
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
-    """Trains the network until the task is solved, which is judged on its own, exploring episodes.
+    """Trains the network until its own episodes, random actions included, have solved the task.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns
     the episode that solved the task (from 0, or None), and how many episodes and steps were played,
@@ -248,8 +248,8 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
             # 2. step: see what comes of it
             next_state, _, terminated, truncated, _ = env.step(action)
-            # We treat the time limit as terminal and add no next value there, since reaching it is
-            # the goal here. In most other tasks only `terminated`, a fall, may cut it off.
+            # The time limit counts as an end too, since to reach it is the goal here. In most other
+            # tasks the next state still has its value there, and only `terminated` cuts it off.
             done = terminated or truncated
             steps += 1
 

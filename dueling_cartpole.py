@@ -217,7 +217,7 @@ def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma:
 
 
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
-    """Trains the network until the task is solved, which is judged on its own, exploring episodes.
+    """Trains the network until its own episodes, random actions included, have solved the task.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns
     the episode that solved the task (from 0, or None), and how many episodes and steps were played,
@@ -244,8 +244,8 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
             # 2. step: see what comes of it
             next_state, _, terminated, truncated, _ = env.step(action)
-            # We treat the time limit as terminal and add no next value there, since reaching it is
-            # the goal here. In most other tasks only `terminated`, a fall, may cut it off.
+            # The time limit counts as an end too, since to reach it is the goal here. In most other
+            # tasks the next state still has its value there, and only `terminated` cuts it off.
             done = terminated or truncated
             steps += 1
 

@@ -121,9 +121,9 @@ def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, ep
         scores = network(images)  # (batch, 784) -> (batch, 10)
         loss = loss_function(scores, labels)  # (), the mean over the batch
 
-        optimizer.zero_grad()  # forget the gradients of the last batch
-        loss.backward()  # backpropagation: which way each weight moves the loss (its gradient)
-        optimizer.step()  # move each weight a little, so that the loss falls
+        optimizer.zero_grad()  # forget the gradients of the last batch, each weight's .grad
+        loss.backward()  # backpropagation: into .grad goes how the loss changes with the weight
+        optimizer.step()  # move each weight a little, by its .grad, to lower the loss
         scheduler.step()  # sets the learning rate of the next update
 
         if index % 50 == 0:

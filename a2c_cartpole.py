@@ -28,7 +28,8 @@ is a constant in it: V learns from the second term alone, which moves it towards
 well (else R_t would move towards V). V is the baseline: with R_t alone, whichever action was drawn
 in a good state would get more likely, the worse one as well. The third term is the entropy, highest
 where all actions are equally likely. It keeps the policy, from which the actions are drawn, from
-settling too soon: only actions that are tried (exploration) show what they bring.
+settling too soon: only actions that are tried (exploration) show what they bring. The factors 0.5
+and 0.01 are flags: they weigh the three terms against each other.
 
 There is no replay memory: A_t tells how good an action was if the policy goes on as it is, so steps
 of an older policy would teach the wrong thing. A2C is on-policy. In place of a memory, 32 poles,
@@ -62,7 +63,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -288,7 +288,8 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
             last_values, _ = network(envs.observations.to(device))  # (N,)
         returns = compute_returns(storage.rewards, storage.masks, last_values.cpu(), args.gamma)
 
-        # 3. loss: over the batch of B decisions, T * N without the resets
+        # 3. loss: over the batch of B decisions, T * N without the resets. The network runs on them
+        # again, all at once and with gradients, which acting in step 1 does without.
         value_loss, policy_loss, entropy = compute_losses(
             network,
             storage.observations[storage.decided].to(device),
@@ -334,62 +335,49 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 # ---- evaluation and the run --------------------------------------------------------------------
 
 
-def play(network: ActorCritic, env: gym.Env) -> Iterator[None]:
-    """Plays a greedy episode, and pauses after each step."""
-    observation, _ = env.reset()
-    done = False
+def play(network: ActorCritic, env: gym.Env, pictures: list | None = None) -> int:
+    """Plays a greedy episode; returns its steps, and adds a picture of each to the list."""
+    state, _ = env.reset()
+    steps, done = 0, False
     while not done:
-        action = network.greedy_action(observation)
-        observation, _, terminated, truncated, _ = env.step(action)
-        done = terminated or truncated
-        yield
+        state, _, terminated, truncated, _ = env.step(network.greedy_action(state))
+        steps, done = steps + 1, terminated or truncated
+        if pictures is not None:
+            pictures.append(env.render())
+    return steps
 
 
 def evaluate(network: ActorCritic, args: Args) -> dict[str, float]:
     """Mean and standard deviation of the steps of greedy episodes."""
     env = make_env()
     env.reset(seed=2**32 + args.seed)  # no seed of training: those are below 2**32
-    lengths = [sum(1 for _ in play(network, env)) for _ in range(args.eval_episodes)]
+    lengths = [play(network, env) for _ in range(args.eval_episodes)]
     return {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
 
 
-def film(network: ActorCritic, args: Args, run_dir: Path) -> None:
-    """Plays the evaluation's first episode again for film.mp4; OSError whatever goes wrong."""
-    part = run_dir / "part.mp4"
-    try:
-        import pygame  # here, so that without it only the film is missing
+def film(network: ActorCritic, args: Args) -> bytes:
+    """The evaluation's first episode once more, as an MP4."""
+    import pygame  # here, so that without it only the film is missing
 
-        with make_env(render_mode="rgb_array") as env:
-            env.reset(seed=2**32 + args.seed)
-            env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
-            fps = env.metadata["render_fps"]
-            with imageio.get_writer(part, fps=fps, macro_block_size=2) as video:
-                for _ in play(network, env):
-                    video.append_data(env.render())
-        imageio.get_reader(part).close()  # ffmpeg does not say if it failed
-        part.replace(run_dir / "film.mp4")
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        failure = f"no film: pygame, imageio or ffmpeg failed ({reason})"
-        raise OSError(f"{failure}; everything else is in {run_dir}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    env, pictures = make_env(render_mode="rgb_array"), []
+    env.reset(seed=2**32 + args.seed)
+    env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
+    play(network, env, pictures)
+    fps = env.metadata["render_fps"]
+    mp4 = imageio.mimwrite("<bytes>", pictures, "mp4", fps=fps, macro_block_size=2)
+    imageio.get_reader(mp4, "mp4").close()  # ffmpeg does not say if it failed
+    return mp4
 
 
 def load_weights(network: ActorCritic, path: Path) -> None:
     """Loads a file's weights into the network; ValueError says why they are not for it."""
     try:
-        weights = torch.load(path, "cpu", weights_only=True)
-        found = {name: tuple(weight.shape) for name, weight in weights.items()}
+        network.load_state_dict(torch.load(path, "cpu", weights_only=True))
     except Exception as error:  # a damaged file can raise nearly anything
-        kind = type(error).__name__
-        raise ValueError(f"--weights: {path} is damaged or holds no weights ({kind})") from error
-    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-    if found != expected:
-        raise ValueError(f"--weights: {path} holds layers of {found}, not of {expected}")
-    if not all(weight.isfinite().all() for weight in weights.values()):
+        layer = str(error).partition("\n\t")[2].partition("\n")[0]  # the first that does not fit
+        raise ValueError(f"--weights: {path} is damaged or of another network. {layer}") from error
+    if not all(weight.isfinite().all() for weight in network.parameters()):
         raise ValueError(f"--weights: {path} holds weights that are not finite")
-    network.load_state_dict(weights)
 
 
 def save(path: Path, content: bytes) -> None:
@@ -403,10 +391,7 @@ def save(path: Path, content: bytes) -> None:
 
 
 def train(args: Args) -> dict:
-    """A run in its own folder: args.json, curves, weight_end.pth, result.json and film.mp4.
-
-    Returns what is in result.json.
-    """
+    """A run in its own folder: flags, curves, weights, result, film; returns the result."""
     torch.manual_seed(args.seed)
     cuda = args.device != "cpu" and torch.cuda.is_available()
     network = ActorCritic(args.hidden_size).to("cuda" if cuda else "cpu")
@@ -436,7 +421,11 @@ def train(args: Args) -> dict:
     result |= {"steps_per_second": outcome["steps"] / seconds, **evaluate(averaged, args)}
     save(run_dir / "result.json", json.dumps(result, indent=2).encode())
     print(f"Greedy: {result['eval_mean']:.1f} steps an episode")
-    film(averaged, args, run_dir)
+    try:
+        save(run_dir / "film.mp4", film(averaged, args))
+    except Exception as error:  # they can raise nearly anything
+        reason = f"pygame, imageio or ffmpeg failed: {error}".partition("\n")[0]
+        raise OSError(f"no film: {reason}; everything else is in {run_dir}") from error
     print(f"Everything is in {run_dir}")
     return result
 
@@ -445,9 +434,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small to share
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    for name in ("SIGTERM", "SIGHUP"):  # they keep what Ctrl-C keeps; Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # as Ctrl-C
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, signal.default_int_handler)
     threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
     try:

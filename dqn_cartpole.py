@@ -31,7 +31,8 @@ an earlier, worse agent teach as well, since y asks what the best next action is
 one was taken: Q-learning is off-policy. (A policy is a rule that says how to act in each state.)
 
 Mnih et al., "Playing Atari with Deep Reinforcement Learning", 2013 (arXiv 1312.5602), algorithm 1.
-The next script brings the target network of 2015, and more: diff dqn_cartpole.py ddqn_cartpole.py
+The next script adds the target network of 2015, a copy of the network from which y is computed and
+which stands still in between, and more: diff dqn_cartpole.py ddqn_cartpole.py
 
     python dqn_cartpole.py                                      # train, evaluate, film
     python dqn_cartpole.py --seed 7 --learning-rate 3e-4
@@ -57,7 +58,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -149,7 +149,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # both actions have the value 0 in every state
+        if zero_init:  # both actions begin with the value 0 in every state: none is preferred
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -297,61 +297,49 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 # ---- evaluation and the run --------------------------------------------------------------------
 
 
-def play(network: QNetwork, env: gym.Env) -> Iterator[None]:
-    """Plays a greedy episode, and pauses after each step."""
+def play(network: QNetwork, env: gym.Env, pictures: list | None = None) -> int:
+    """Plays a greedy episode; returns its steps, and adds a picture of each to the list."""
     state, _ = env.reset()
-    done = False
+    steps, done = 0, False
     while not done:
         state, _, terminated, truncated, _ = env.step(network.greedy_action(state))
-        done = terminated or truncated
-        yield
+        steps, done = steps + 1, terminated or truncated
+        if pictures is not None:
+            pictures.append(env.render())
+    return steps
 
 
 def evaluate(network: QNetwork, args: Args) -> dict[str, float]:
     """Mean and standard deviation of the steps of greedy episodes."""
     env = make_env()
     env.reset(seed=2**32 + args.seed)  # no seed of training: those are below 2**32
-    lengths = [sum(1 for _ in play(network, env)) for _ in range(args.eval_episodes)]
+    lengths = [play(network, env) for _ in range(args.eval_episodes)]
     return {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
 
 
-def film(network: QNetwork, args: Args, run_dir: Path) -> None:
-    """Plays the evaluation's first episode again for film.mp4; OSError whatever goes wrong."""
-    part = run_dir / "part.mp4"
-    try:
-        import pygame  # here, so that without it only the film is missing
+def film(network: QNetwork, args: Args) -> bytes:
+    """The evaluation's first episode once more, as an MP4."""
+    import pygame  # here, so that without it only the film is missing
 
-        with make_env(render_mode="rgb_array") as env:
-            env.reset(seed=2**32 + args.seed)
-            env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
-            fps = env.metadata["render_fps"]
-            with imageio.get_writer(part, fps=fps, macro_block_size=2) as video:
-                for _ in play(network, env):
-                    video.append_data(env.render())
-        imageio.get_reader(part).close()  # ffmpeg does not say if it failed
-        part.replace(run_dir / "film.mp4")
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        failure = f"no film: pygame, imageio or ffmpeg failed ({reason})"
-        raise OSError(f"{failure}; everything else is in {run_dir}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    env, pictures = make_env(render_mode="rgb_array"), []
+    env.reset(seed=2**32 + args.seed)
+    env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
+    play(network, env, pictures)
+    fps = env.metadata["render_fps"]
+    mp4 = imageio.mimwrite("<bytes>", pictures, "mp4", fps=fps, macro_block_size=2)
+    imageio.get_reader(mp4, "mp4").close()  # ffmpeg does not say if it failed
+    return mp4
 
 
 def load_weights(network: QNetwork, path: Path) -> None:
     """Loads a file's weights into the network; ValueError says why they are not for it."""
     try:
-        weights = torch.load(path, "cpu", weights_only=True)
-        found = {name: tuple(weight.shape) for name, weight in weights.items()}
+        network.load_state_dict(torch.load(path, "cpu", weights_only=True))
     except Exception as error:  # a damaged file can raise nearly anything
-        kind = type(error).__name__
-        raise ValueError(f"--weights: {path} is damaged or holds no weights ({kind})") from error
-    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-    if found != expected:
-        raise ValueError(f"--weights: {path} holds layers of {found}, not of {expected}")
-    if not all(weight.isfinite().all() for weight in weights.values()):
+        layer = str(error).partition("\n\t")[2].partition("\n")[0]  # the first that does not fit
+        raise ValueError(f"--weights: {path} is damaged or of another network. {layer}") from error
+    if not all(weight.isfinite().all() for weight in network.parameters()):
         raise ValueError(f"--weights: {path} holds weights that are not finite")
-    network.load_state_dict(weights)
 
 
 def save(path: Path, content: bytes) -> None:
@@ -365,10 +353,7 @@ def save(path: Path, content: bytes) -> None:
 
 
 def train(args: Args) -> dict:
-    """A run in its own folder: args.json, curves, weight_end.pth, result.json and film.mp4.
-
-    Returns what is in result.json.
-    """
+    """A run in its own folder: flags, curves, weights, result, film; returns the result."""
     torch.manual_seed(args.seed)
     cuda = args.device != "cpu" and torch.cuda.is_available()
     network = QNetwork(args.hidden_size, args.zero_init).to("cuda" if cuda else "cpu")
@@ -398,7 +383,11 @@ def train(args: Args) -> dict:
     result |= {"steps_per_second": outcome["steps"] / seconds, **evaluate(averaged, args)}
     save(run_dir / "result.json", json.dumps(result, indent=2).encode())
     print(f"Greedy: {result['eval_mean']:.1f} steps an episode")
-    film(averaged, args, run_dir)
+    try:
+        save(run_dir / "film.mp4", film(averaged, args))
+    except Exception as error:  # they can raise nearly anything
+        reason = f"pygame, imageio or ffmpeg failed: {error}".partition("\n")[0]
+        raise OSError(f"no film: {reason}; everything else is in {run_dir}") from error
     print(f"Everything is in {run_dir}")
     return result
 
@@ -407,9 +396,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small to share
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    for name in ("SIGTERM", "SIGHUP"):  # they keep what Ctrl-C keeps; Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # as Ctrl-C
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, signal.default_int_handler)
     threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
     try:

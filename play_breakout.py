@@ -393,9 +393,8 @@ if __name__ == "__main__":
     cv2.setNumThreads(1)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    for name in ("SIGTERM", "SIGHUP"):  # they keep what Ctrl-C keeps; Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # as Ctrl-C
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, signal.default_int_handler)
     try:
         play(tyro.cli(Args))

@@ -37,7 +37,7 @@ def run_seed(script_name: str, seed: int, flags: list[str]) -> tuple[dict, list[
     """Trains with one seed; returns the result, and of each episode its end and its length."""
     torch.set_num_threads(1)
     script = importlib.import_module(script_name)
-    script.film = lambda *_: None  # no film is needed here
+    script.film = lambda *_: b""  # no film is needed here
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
         seed_flags = ["--seed", str(seed), "--device", "cpu", "--runs-dir", folder]
         args = tyro.cli(script.Args, args=seed_flags + flags)

@@ -51,7 +51,7 @@ def run(key: tuple[str, int], data_dir: Path) -> list:
     torch.set_num_threads(1)
     name, *flags = experiment.split()
     script = importlib.import_module(name.removesuffix(".py"))
-    script.film = lambda *_: None  # no film is needed here
+    script.film = lambda *_: b""  # no film is needed here
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
         flags += ["--seed", str(seed), "--device", "cpu", "--runs-dir", folder]
         flags += ["--data-dir", str(data_dir)] * (name == "mnist.py")

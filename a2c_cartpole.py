@@ -9,32 +9,31 @@
 
 In each step an agent observes a state s (where cart and pole are, and how fast), takes an action a
 (push left or right), and gets a reward r. The return is the sum of all the rewards to come, each
-multiplied by gamma = 0.99 for every step until then. One network gives two answers: pi(a|s), the
-probability with which each action is taken, called the policy (the actor), and V(s), the return to
-expect from state s (the critic). Five steps in 32 environments, a rollout, make one update of both,
-and are then forgotten:
+multiplied by gamma = 0.99 once for every step until then. One network gives two answers: pi(a|s),
+the probability with which each action is taken, called the policy (the actor), and V(s), the return
+to expect from state s (the critic). Five steps in 32 environments, a rollout, make one update of
+both, and are then forgotten:
 
     R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended an episode; R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
-R_t is an n-step return: five rewards and then V for the first of the five steps, one reward and V
-for the last. To let V stand for what was not played is called bootstrapping, and makes R_t, like
-A_t, an estimate.
+R_t is an n-step return: n = 5 rewards and then V(s_5) for the first of the five steps, n = 1 for
+the last. To let V stand for what was not played is called bootstrapping, and makes R_t, like A_t,
+an estimate.
 
 The first term is the policy gradient: an action that went better than expected gets more likely,
-one that went worse less. On average, the gradient of R_t log pi is that of the expected return. A_t
-is a constant in it: V learns from the second term alone, which moves it towards R_t, a constant as
-well (else R_t would move towards V). V is the baseline: with R_t alone, whichever action was drawn
-in a good state would get more likely, the worse one as well. The third term is the entropy, highest
-where all actions are equally likely. It keeps the policy, from which the actions are drawn, from
-settling too soon: only actions that are tried (exploration) show what they bring. The factors 0.5
-and 0.01 are flags: they weigh the three terms against each other.
+one that went worse less. On average, its gradient is that of the expected return. So it would be
+with R_t in place of A_t, but then whichever action was drawn in a good state would get more likely,
+the worse one as well; V, which is taken off, is called the baseline. A_t is a constant in this
+term: V is trained by the second one, which moves it towards R_t, a constant as well (else R_t would
+move towards V). The third term is the entropy, highest where all actions are equally likely. It
+keeps the policy, from which the actions are drawn, from settling too soon: only actions that are
+tried (exploration) show what they bring. 0.5 and 0.01 weigh the terms against each other.
 
 There is no replay memory: A_t tells how good an action was if the policy goes on as it is, so steps
 of an older policy would teach the wrong thing. A2C is on-policy. In place of a memory, 32 poles,
-soon at different points of their episodes, keep a batch from being 160 steps that resemble each
-other.
+soon at different points of their episodes, make the 160 steps of a batch differ.
 
 This is algorithm S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML
 2016, made synchronous; a2c_breakout.py has the same loop for Atari games.
@@ -50,8 +49,8 @@ less. Training ends once each environment's last episode was a success, or after
 
 Differs from the book (a flag, where given, brings the book's way back):
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
-- All poles are simulated in one array, in which a reset takes a step of its own. It does not
-  count as a step, and nothing is learnt from it.
+- All poles are simulated in one array, in which a reset takes up a step. It is not counted, and
+  nothing is learnt from it.
 """
 
 import copy
@@ -90,7 +89,7 @@ class Args:
     weights: Path | None = None  # file of an earlier run to evaluate and film, without training
     num_envs: int = 32  # environments that are played side by side, 1 or more
     num_steps: int = 5  # steps in each environment between two updates, 1 or more
-    total_timesteps: int = 5_120_000  # steps of all environments at most, of one update at least
+    total_timesteps: int = 5_120_000  # steps of all environments at most, one rollout or more
     eval_episodes: int = 100  # greedy episodes in the evaluation, 1 or more
     hidden_size: int = 32  # units in each of the two hidden layers, from 1 to 4096
     learning_rate: float = 0.01  # step size of Adam, above 0
@@ -140,7 +139,7 @@ def book_rewards(steps: Tensor, dones: Tensor) -> Tensor:
     """0 on the way; at the end +1 for a success, -1 for a shorter episode. All are (N,).
 
     The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: V
-    can only learn the mean. In theory (a Markov decision process) a state holds all that matters.
+    can only learn the mean. The theory (Markov decision processes) assumes a state that holds all.
     """
     return torch.where(dones, torch.where(steps >= SUCCESS_STEPS, 1.0, -1.0), 0.0)
 
@@ -164,8 +163,8 @@ class CartPoles:
         decided = ~self.dones
         observations, _, terminated, truncated, _ = self.envs.step(actions.numpy())
         self.observations = torch.from_numpy(observations)
-        # The time limit counts as an end too, since to reach it is the goal here. In most other
-        # tasks the next state still has its value there, and only `terminated` cuts it off.
+        # The time limit (truncated) is an end too, as to reach it is the goal here. In most other
+        # tasks the next state still has a value then, and only `terminated` ends it.
         self.dones = torch.from_numpy(terminated | truncated)
         self.steps = torch.where(decided, self.steps + 1, 0)
         self.last_lengths = torch.where(self.dones, self.steps, self.last_lengths)
@@ -200,7 +199,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def greedy_action(self, observation: np.ndarray) -> int:
-        """The more likely action for one observation (4,)."""
+        """Greedy: the more likely action for one observation (4,)."""
         _, logits = self(torch.from_numpy(observation).to(self.fc1.weight.device))  # (2,)
         return logits.argmax().item()
 
@@ -226,7 +225,8 @@ class RolloutStorage:
 def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + gamma * mask_t * R_{t+1}, and R_T = V(s_T) (Mnih et al. 2016, algorithm S3).
 
-    rewards, masks and the returns are (T, N), last_values (N,). A mask of 0 ends a return.
+    rewards, masks and the returns are (T, N), last_values (N,). A mask of 0 ends a return, so that
+    none reaches over a reset.
     """
     returns, next_returns = torch.empty_like(rewards), last_values
     for t in reversed(range(len(rewards))):
@@ -255,8 +255,8 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     """Trains the network until its own episodes, random actions included, have solved the task.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns,
-    for result.json, environment 0's last episode if solved (from 0), the number of its episodes,
-    and the steps of all environments. Raises ValueError when a gradient is not finite.
+    for result.json, environment 0's last episode (from 0; None if not solved), how many it had, and
+    the steps of all environments. Raises ValueError when a gradient is not finite.
     """
     device = network.fc1.weight.device
     envs = CartPoles(args.num_envs, args.seed)
@@ -281,15 +281,15 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
             if dones[0]:
                 ended.append((timesteps, int(envs.last_lengths[0])))
         if not storage.decided.any():
-            continue  # nothing but resets, which few steps of few environments can be
+            continue  # nothing but resets: possible where environments and steps are few
 
         # 2. returns: what came of each action, (T, N)
-        with torch.no_grad():
+        with torch.no_grad():  # R_t is a constant
             last_values, _ = network(envs.observations.to(device))  # (N,)
         returns = compute_returns(storage.rewards, storage.masks, last_values.cpu(), args.gamma)
 
         # 3. loss: over the batch of B decisions, T * N without the resets. The network runs on them
-        # again, all at once and with gradients, which acting in step 1 does without.
+        # again, all at once, as step 1 has kept no gradients.
         value_loss, policy_loss, entropy = compute_losses(
             network,
             storage.observations[storage.decided].to(device),
@@ -305,8 +305,8 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
         if not grad_norm.isfinite():
             raise ValueError(f"update {update}: gradient not finite, lower --learning-rate")
         optimizer.step()
-        # Single updates can tip the policy, their moving average (Polyak averaging) does not. It
-        # is not a target network, as ddqn_cartpole.py has: no target is computed with it.
+        # One update can spoil the policy, but hardly the moving average of the weights (Polyak
+        # averaging). It is not ddqn_cartpole.py's target network: no R_t is computed with it.
         with torch.no_grad():
             for mean, weight in zip(averaged.parameters(), parameters):
                 mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way

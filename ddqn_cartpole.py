@@ -19,7 +19,7 @@ is worth:
 
     a*   = argmax_a' Q(s', a')
     y    = r + gamma * Q_target(s', a*)        (y = r where the episode ended)
-    loss = Huber(y - Q(s, a))                  (y is a constant: no gradient flows through it)
+    loss = Huber(y - Q(s, a))                  (y is a constant: only Q(s, a) is to move)
 
 The rest is dqn_cartpole.py; to see what is new: diff dqn_cartpole.py ddqn_cartpole.py
 
@@ -125,7 +125,7 @@ def book_reward(steps: int, done: bool) -> float:
     """0 on the way; at the end +1 for a success, -1 for a shorter episode.
 
     The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: Q
-    can only learn the mean. In theory (a Markov decision process) a state holds all that matters.
+    can only learn the mean. The theory (Markov decision processes) assumes a state that holds all.
     """
     if not done:
         return 0.0
@@ -143,7 +143,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # both actions begin with the value 0 in every state: none is preferred
+        if zero_init:  # every value begins at 0, not at a random number
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -205,12 +205,9 @@ class ReplayMemory:
 # ---- learning ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@torch.no_grad()  # a constant
 def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float) -> Tensor:
-    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1).
-
-    Without a gradient: the estimates are to move to the targets, and not the targets to meet them.
-    """
+    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1)."""
     next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
     next_values = target_network(batch.next_states).gather(1, next_actions)  # (batch, 1)
     return batch.rewards + gamma * batch.not_done * next_values
@@ -244,8 +241,8 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
             # 2. step: see what comes of it
             next_state, _, terminated, truncated, _ = env.step(action)
-            # The time limit counts as an end too, since to reach it is the goal here. In most other
-            # tasks the next state still has its value there, and only `terminated` cuts it off.
+            # The time limit (truncated) is an end too, as to reach it is the goal here. In most
+            # other tasks the next state still has a value then, and only `terminated` ends it.
             done = terminated or truncated
             steps += 1
 
@@ -257,14 +254,14 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             if len(memory) >= args.batch_size:
                 batch = memory.sample(args.batch_size, device)
                 targets = td_targets(network, target_network, batch, args.gamma)  # (batch, 1)
-                # Of the values of both actions, gather takes that of the action in the batch.
+                # Of both values, gather takes that of the action that was taken.
                 values = network(batch.states).gather(1, batch.actions)  # (batch, 1): Q(s, a)
                 loss = F.smooth_l1_loss(values, targets)  # Huber
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                # Single updates can tip the policy, their moving average (Polyak averaging) does
-                # not. It is not a target network: no target uses it.
+                # One update can spoil the policy, but hardly the moving average of the weights
+                # (Polyak averaging). It is not a target network: no target uses it.
                 with torch.no_grad():
                     for mean, weight in zip(averaged.parameters(), network.parameters()):
                         mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way
@@ -281,7 +278,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
         writer.add_scalar("charts/episodic_length", steps, total_steps)
         writer.add_scalar("charts/epsilon", epsilon, total_steps)
         writer.add_scalar("charts/SPS", total_steps / (time.perf_counter() - start), total_steps)
-        if len(memory) >= args.batch_size:  # those of the episode's last update
+        if len(memory) >= args.batch_size:  # loss and values of the last update
             if not loss.isfinite():
                 raise ValueError(f"loss not finite in episode {episode}: lower --learning-rate")
             writer.add_scalar("losses/td_loss", loss.item(), total_steps)

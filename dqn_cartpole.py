@@ -9,30 +9,31 @@
 
 In each step the agent sees a state s (where cart and pole are, and how fast), takes an action a
 (push left or right), and gets a reward r and the next state s'. The return is the sum of all the
-rewards to come, each multiplied by gamma = 0.99 for every step until then. Q(s, a) is the expected
-return if you take action a in state s and act optimally afterwards. A network estimates it, and
-each transition (s, a, r, s') moves the estimate towards a target y, which looks one step ahead:
+rewards to come, each multiplied by gamma = 0.99 once for every step until then. Q(s, a) is the
+expected return if you take action a in state s and act optimally afterwards. A network estimates
+it, and each transition (s, a, r, s') moves the estimate towards a target y, one step ahead:
 
     y    = r + gamma * max_a' Q(s', a')        (y = r where the episode ended)
-    loss = Huber(y - Q(s, a))                  (y is a constant: no gradient flows through it)
+    loss = Huber(y - Q(s, a))                  (y is a constant: only Q(s, a) is to move)
 
-y - Q(s, a) is called the temporal-difference (TD) error. That y rests on the network's own estimate
-for s' is called bootstrapping: what the end of an episode shows spreads from there to the states
-before, a step at a time. Huber(d) is d^2 / 2, and |d| - 1/2 where |d| is above 1, so that no error
-pulls too hard.
+y - Q(s, a) is called the temporal-difference (TD) error. y rests on the network's own estimate for
+s', which is called bootstrapping: what an episode's end brings spreads to the states before it, a
+step at a time. Huber(d) is d^2 / 2, and |d| - 1/2 where |d| is above 1, so that no error pulls too
+hard.
 
 An action is the one with the highest Q (greedy) or, with probability epsilon = 0.5 / (episode + 1),
-random: ever less often, as Q gets better. This is epsilon-greedy exploration. Without it, an action
-that once looked worse might never be taken again, and the agent not find out that it is better.
+random: less often in each episode, as Q should be better by then. This is epsilon-greedy
+exploration. Without it, an action that once looked worse might never be taken again, even if it is
+better.
 
 Consecutive steps resemble each other, and a network trained on them in order forgets the rest.
 Hence the replay memory: each update draws a random batch from the last 10,000 transitions. Those of
-an earlier, worse agent teach as well, since y asks what the best next action is worth, not which
-one was taken: Q-learning is off-policy. (A policy is a rule that says how to act in each state.)
+an earlier, worse agent serve too, since y asks what the best next action is worth, not which one
+was taken. The method, Q-learning, is off-policy. (A policy is a rule that says how to act.)
 
 Mnih et al., "Playing Atari with Deep Reinforcement Learning", 2013 (arXiv 1312.5602), algorithm 1.
-The next script adds the target network of 2015, a copy of the network from which y is computed and
-which stands still in between, and more: diff dqn_cartpole.py ddqn_cartpole.py
+The next script adds the target network of 2015, a copy that computes y and is renewed only now and
+then, so that y holds still, and more: diff dqn_cartpole.py ddqn_cartpole.py
 
     python dqn_cartpole.py                                      # train, evaluate, film
     python dqn_cartpole.py --seed 7 --learning-rate 3e-4
@@ -131,7 +132,7 @@ def book_reward(steps: int, done: bool) -> float:
     """0 on the way; at the end +1 for a success, -1 for a shorter episode.
 
     The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: Q
-    can only learn the mean. In theory (a Markov decision process) a state holds all that matters.
+    can only learn the mean. The theory (Markov decision processes) assumes a state that holds all.
     """
     if not done:
         return 0.0
@@ -149,7 +150,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # both actions begin with the value 0 in every state: none is preferred
+        if zero_init:  # every value begins at 0, not at a random number
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -211,12 +212,9 @@ class ReplayMemory:
 # ---- learning ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@torch.no_grad()  # a constant
 def td_targets(network: QNetwork, batch: Batch, gamma: float) -> Tensor:
-    """r + gamma * max_a' Q(s', a') for each transition, and r alone at an end: (batch, 1).
-
-    Without a gradient: the estimates are to move to the targets, and not the targets to meet them.
-    """
+    """r + gamma * max_a' Q(s', a') for each transition, and r alone at an end: (batch, 1)."""
     next_values = network(batch.next_states).amax(dim=1, keepdim=True)  # (batch, 1)
     return batch.rewards + gamma * batch.not_done * next_values
 
@@ -248,8 +246,8 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
             # 2. step: see what comes of it
             next_state, _, terminated, truncated, _ = env.step(action)
-            # The time limit counts as an end too, since to reach it is the goal here. In most other
-            # tasks the next state still has its value there, and only `terminated` cuts it off.
+            # The time limit (truncated) is an end too, as to reach it is the goal here. In most
+            # other tasks the next state still has a value then, and only `terminated` ends it.
             done = terminated or truncated
             steps += 1
 
@@ -261,14 +259,14 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             if len(memory) >= args.batch_size:
                 batch = memory.sample(args.batch_size, device)
                 targets = td_targets(network, batch, args.gamma)  # (batch, 1)
-                # Of the values of both actions, gather takes that of the action in the batch.
+                # Of both values, gather takes that of the action that was taken.
                 values = network(batch.states).gather(1, batch.actions)  # (batch, 1): Q(s, a)
                 loss = F.smooth_l1_loss(values, targets)  # Huber
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                # Single updates can tip the policy, their moving average (Polyak averaging) does
-                # not. It is not a target network: no target uses it.
+                # One update can spoil the policy, but hardly the moving average of the weights
+                # (Polyak averaging). It is not a target network: no target uses it.
                 with torch.no_grad():
                     for mean, weight in zip(averaged.parameters(), network.parameters()):
                         mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way
@@ -281,7 +279,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
         writer.add_scalar("charts/episodic_length", steps, total_steps)
         writer.add_scalar("charts/epsilon", epsilon, total_steps)
         writer.add_scalar("charts/SPS", total_steps / (time.perf_counter() - start), total_steps)
-        if len(memory) >= args.batch_size:  # those of the episode's last update
+        if len(memory) >= args.batch_size:  # loss and values of the last update
             if not loss.isfinite():
                 raise ValueError(f"loss not finite in episode {episode}: lower --learning-rate")
             writer.add_scalar("losses/td_loss", loss.item(), total_steps)

@@ -136,7 +136,7 @@ def book_reward(steps: int, done: bool) -> float:
     """0 on the way; at the end +1 for a success, -1 for a shorter episode.
 
     The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: Q
-    can only learn the mean. In theory (a Markov decision process) a state holds all that matters.
+    can only learn the mean. The theory (Markov decision processes) assumes a state that holds all.
     """
     if not done:
         return 0.0
@@ -154,7 +154,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # both actions begin with the value 0 in every state: none is preferred
+        if zero_init:  # every value begins at 0, not at a random number
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -241,12 +241,9 @@ class ReplayMemory:
 # ---- learning ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@torch.no_grad()  # a constant
 def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float) -> Tensor:
-    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1).
-
-    Without a gradient: the estimates are to move to the targets, and not the targets to meet them.
-    """
+    """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1)."""
     next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
     next_values = target_network(batch.next_states).gather(1, next_actions)  # (batch, 1)
     return batch.rewards + gamma * batch.not_done * next_values
@@ -290,8 +287,8 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
             # 2. step: see what comes of it
             next_state, _, terminated, truncated, _ = env.step(action)
-            # The time limit counts as an end too, since to reach it is the goal here. In most other
-            # tasks the next state still has its value there, and only `terminated` cuts it off.
+            # The time limit (truncated) is an end too, as to reach it is the goal here. In most
+            # other tasks the next state still has a value then, and only `terminated` ends it.
             done = terminated or truncated
             steps += 1
 
@@ -305,15 +302,15 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 sample = memory.sample_by_priority if prioritized else memory.sample
                 batch = sample(args.batch_size, device)
                 targets = td_targets(network, target_network, batch, args.gamma)  # (batch, 1)
-                # Of the values of both actions, gather takes that of the action in the batch.
+                # Of both values, gather takes that of the action that was taken.
                 values = network(batch.states).gather(1, batch.actions)  # (batch, 1): Q(s, a)
                 losses = F.smooth_l1_loss(values, targets, reduction="none")  # Huber, (batch, 1)
                 loss = (batch.importance * losses).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                # Single updates can tip the policy, their moving average (Polyak averaging) does
-                # not. It is not a target network: no target uses it.
+                # One update can spoil the policy, but hardly the moving average of the weights
+                # (Polyak averaging). It is not a target network: no target uses it.
                 with torch.no_grad():
                     for mean, weight in zip(averaged.parameters(), network.parameters()):
                         mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way
@@ -334,7 +331,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
         writer.add_scalar("charts/episodic_length", steps, total_steps)
         writer.add_scalar("charts/epsilon", epsilon, total_steps)
         writer.add_scalar("charts/SPS", total_steps / (time.perf_counter() - start), total_steps)
-        if len(memory) >= args.batch_size:  # those of the episode's last update
+        if len(memory) >= args.batch_size:  # loss and values of the last update
             if not loss.isfinite():
                 raise ValueError(f"loss not finite in episode {episode}: lower --learning-rate")
             writer.add_scalar("losses/td_loss", loss.item(), total_steps)

@@ -661,7 +661,7 @@ if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     try:
-        train(tyro.cli(Args))
+        train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and WORLD_SIZE == 1:
             raise  # a fault of this program; with several ranks, another one has gone

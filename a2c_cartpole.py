@@ -131,44 +131,17 @@ SUCCESS_STEPS = 196  # an episode of this many steps or more is a success
 
 
 def make_env(render_mode: str | None = None) -> gym.Env:
-    """CartPole-v1 with the book's 200 steps: observations (4,) float32, actions 0 and 1."""
+    """CartPole-v1 with the book's 200 steps: states (4,) float32, actions 0 and 1."""
     return gym.make("CartPole-v1", max_episode_steps=MAX_STEPS, render_mode=render_mode)
 
 
-def book_rewards(steps: Tensor, dones: Tensor) -> Tensor:
+def book_reward(steps: np.ndarray, done: np.ndarray) -> np.ndarray:
     """0 on the way; at the end +1 for a success, -1 for a shorter episode. All are (N,).
 
     The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: V
     can only learn the mean. The theory (Markov decision processes) assumes a state that holds all.
     """
-    return torch.where(dones, torch.where(steps >= SUCCESS_STEPS, 1.0, -1.0), 0.0)
-
-
-class CartPoles:
-    """N CartPoles, simulated in one array, with the book's rewards.
-
-    Where an episode has ended, the next step resets the pole and ignores the action. That is not a
-    decision, and nothing may be learnt from it.
-    """
-
-    def __init__(self, num_envs: int, seed: int):
-        self.envs = CartPoleVectorEnv(num_envs, max_episode_steps=MAX_STEPS)
-        self.observations = torch.from_numpy(self.envs.reset(seed=seed)[0])  # (N, 4) float32
-        self.steps = torch.zeros(num_envs, dtype=torch.int64)  # in the episodes under way
-        self.dones = torch.zeros(num_envs, dtype=torch.bool)  # where the last step was the end
-        self.last_lengths = torch.zeros_like(self.steps)  # in steps, of the last whole episodes
-
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Takes actions; returns rewards, ends, and which actions were decisions. All are (N,)."""
-        decided = ~self.dones
-        observations, _, terminated, truncated, _ = self.envs.step(actions.numpy())
-        self.observations = torch.from_numpy(observations)
-        # The time limit (truncated) is an end too, as to reach it is the goal here. In most other
-        # tasks the next state still has a value then, and only `terminated` ends it.
-        self.dones = torch.from_numpy(terminated | truncated)
-        self.steps = torch.where(decided, self.steps + 1, 0)
-        self.last_lengths = torch.where(self.dones, self.steps, self.last_lengths)
-        return book_rewards(self.steps, self.dones), self.dones, decided
+    return np.where(done, np.where(steps >= SUCCESS_STEPS, 1, -1), 0).astype(np.float32)
 
 
 # ---- network -----------------------------------------------------------------------------------
@@ -184,39 +157,24 @@ class ActorCritic(nn.Module):
         self.critic = nn.Linear(hidden_size, 1)
         self.actor = nn.Linear(hidden_size, 2)
 
-    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """observations (B, 4) -> values (B,), logits (B, 2)."""
-        hidden = torch.relu(self.fc1(observations))  # (B, hidden_size)
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """states (B, 4) -> values (B,), logits (B, 2)."""
+        hidden = torch.relu(self.fc1(states))  # (B, hidden_size)
         hidden = torch.relu(self.fc2(hidden))  # (B, hidden_size)
         return self.critic(hidden).squeeze(-1), self.actor(hidden)
 
     @torch.no_grad()
-    def act(self, observations: Tensor) -> Tensor:
+    def act(self, states: np.ndarray) -> np.ndarray:
         """Draws an action for each environment: (N, 4) -> (N,) int64."""
-        _, logits = self(observations)  # (N, 2)
+        _, logits = self(torch.from_numpy(states).to(self.fc1.weight.device))  # (N, 2)
         probs = logits.softmax(-1).nan_to_num(1)  # multinomial refuses NaN; learn() reports it
-        return torch.multinomial(probs, num_samples=1).squeeze(-1)
+        return torch.multinomial(probs, num_samples=1).squeeze(-1).cpu().numpy()
 
     @torch.no_grad()
-    def greedy_action(self, observation: np.ndarray) -> int:
-        """Greedy: the more likely action for one observation (4,)."""
-        _, logits = self(torch.from_numpy(observation).to(self.fc1.weight.device))  # (2,)
+    def greedy_action(self, state: np.ndarray) -> int:
+        """Greedy: the more likely action in one state (4,)."""
+        _, logits = self(torch.from_numpy(state).to(self.fc1.weight.device))  # (2,)
         return logits.argmax().item()
-
-
-# ---- rollout storage ---------------------------------------------------------------------------
-
-
-class RolloutStorage:
-    """T steps of N environments. The next rollout overwrites them."""
-
-    def __init__(self, num_steps: int, num_envs: int):
-        T, N = num_steps, num_envs
-        self.observations = torch.zeros(T, N, 4)
-        self.actions = torch.zeros(T, N, dtype=torch.int64)
-        self.rewards = torch.zeros(T, N)
-        self.masks = torch.zeros(T, N)  # 0 where the step ended an episode, else 1
-        self.decided = torch.zeros(T, N, dtype=torch.bool)  # False at a reset step
 
 
 # ---- learning ----------------------------------------------------------------------------------
@@ -259,8 +217,9 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     the steps of all environments. Raises ValueError when a gradient is not finite.
     """
     device = network.fc1.weight.device
-    envs = CartPoles(args.num_envs, args.seed)
-    storage = RolloutStorage(args.num_steps, args.num_envs)
+    envs = CartPoleVectorEnv(args.num_envs, max_episode_steps=MAX_STEPS)  # N poles in one array
+    states, _ = envs.reset(seed=args.seed)  # (N, 4) float32
+    last_lengths = np.zeros(args.num_envs)  # in steps, of each environment's last whole episode
     parameters = list(network.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
@@ -269,32 +228,43 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     limit = args.total_timesteps - args.num_envs * args.num_steps  # after it no rollout fits in
     bar = tqdm(total=args.total_timesteps, unit="timestep")
 
-    while timesteps <= limit and envs.last_lengths.min() < SUCCESS_STEPS:
-        # 1. rollout: T steps in each of N environments, into the storage
-        ended = []  # episodes of environment 0: (timestep, length)
-        for t in range(args.num_steps):
-            storage.observations[t] = envs.observations  # (N, 4)
-            storage.actions[t] = network.act(envs.observations.to(device))  # (N,)
-            storage.rewards[t], dones, storage.decided[t] = envs.step(storage.actions[t])
-            storage.masks[t] = ~dones
-            timesteps += int(storage.decided[t].sum())
+    while timesteps <= limit and last_lengths.min() < SUCCESS_STEPS:
+        # 1. rollout: T steps in each of N environments
+        rollout = []
+        for _ in range(args.num_steps):
+            actions = network.act(states)  # (N,)
+            next_states, ones, terminated, truncated, _ = envs.step(actions)
+            # The time limit (truncated) is an end too, as to reach it is the goal here. In most
+            # other tasks the next state still has a value then, and only `terminated` ends it.
+            dones = terminated | truncated  # (N,)
+            # In the step after an end, CartPoleVectorEnv resets the pole, ignores the action and
+            # rewards 0, not 1. That was no decision, and nothing may be learnt from it.
+            decided = ones > 0  # (N,)
+            rollout.append((states, actions, book_reward(envs.steps, dones), ~dones, decided))
+            states = next_states
+            last_lengths[dones] = envs.steps[dones]
+            timesteps += int(decided.sum())
             if dones[0]:
-                ended.append((timesteps, int(envs.last_lengths[0])))
-        if not storage.decided.any():
+                episode += 1
+                steps = int(envs.steps[0])
+                lengths.append(steps)
+                tqdm.write(f"episode {episode}: {steps} steps, mean of 10 {np.mean(lengths):.1f}")
+                writer.add_scalar("charts/episode", episode, timesteps)
+                writer.add_scalar("charts/episodic_length", steps, timesteps)
+        columns = [torch.from_numpy(np.stack(column)).to(device) for column in zip(*rollout)]
+        batch_states, batch_actions, rewards, masks, decisions = columns  # (T, N, 4); others (T, N)
+        if not decisions.any():
             continue  # nothing but resets: possible where environments and steps are few
 
         # 2. returns: what came of each action, (T, N)
         with torch.no_grad():  # R_t is a constant
-            last_values, _ = network(envs.observations.to(device))  # (N,)
-        returns = compute_returns(storage.rewards, storage.masks, last_values.cpu(), args.gamma)
+            last_values, _ = network(torch.from_numpy(states).to(device))  # (N,)
+        returns = compute_returns(rewards, masks, last_values, args.gamma)
 
         # 3. loss: over the batch of B decisions, T * N without the resets. The network runs on them
         # again, all at once, as step 1 has kept no gradients.
         value_loss, policy_loss, entropy = compute_losses(
-            network,
-            storage.observations[storage.decided].to(device),
-            storage.actions[storage.decided].to(device),
-            returns[storage.decided].to(device),
+            network, batch_states[decisions], batch_actions[decisions], returns[decisions]
         )
         loss = policy_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
 
@@ -314,12 +284,6 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 
         # 5. log
         bar.update(timesteps - bar.n)
-        for timestep, length in ended:
-            episode += 1
-            lengths.append(length)
-            tqdm.write(f"episode {episode}: {length} steps, mean of 10 {np.mean(lengths):.1f}")
-            writer.add_scalar("charts/episode", episode, timestep)
-            writer.add_scalar("charts/episodic_length", length, timestep)
         if update % 20 == 0:  # the curves need no more
             writer.add_scalar("charts/SPS", timesteps / (time.perf_counter() - start), timesteps)
             writer.add_scalar("losses/value_loss", value_loss.item(), timesteps)
@@ -327,7 +291,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
             writer.add_scalar("losses/entropy", entropy.item(), timesteps)
 
     bar.close()
-    solved = envs.last_lengths.min() >= SUCCESS_STEPS
+    solved = last_lengths.min() >= SUCCESS_STEPS
     tqdm.write(f"Solved in episode {episode} of environment 0." if solved else "Not solved.")
     return dict(solved_episode=episode if solved else None, episodes=episode + 1, steps=timesteps)
 
@@ -335,49 +299,30 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 # ---- evaluation and the run --------------------------------------------------------------------
 
 
-def play(network: ActorCritic, env: gym.Env, pictures: list | None = None) -> int:
-    """Plays a greedy episode; returns its steps, and adds a picture of each to the list."""
-    state, _ = env.reset()
-    steps, done = 0, False
-    while not done:
-        state, _, terminated, truncated, _ = env.step(network.greedy_action(state))
-        steps, done = steps + 1, terminated or truncated
-        if pictures is not None:
-            pictures.append(env.render())
-    return steps
+def evaluate(network: ActorCritic, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
+    """The lengths of greedy episodes, in steps."""
+    env.reset(seed=2**32 + seed)  # no seed of training: those are below 2**32
+    lengths = []
+    for _ in range(num_episodes):
+        state, _ = env.reset()
+        steps, done = 0, False
+        while not done:
+            state, _, terminated, truncated, _ = env.step(network.greedy_action(state))
+            steps, done = steps + 1, terminated or truncated
+        lengths.append(steps)
+    return lengths
 
 
-def evaluate(network: ActorCritic, args: Args) -> dict[str, float]:
-    """Mean and standard deviation of the steps of greedy episodes."""
-    env = make_env()
-    env.reset(seed=2**32 + args.seed)  # no seed of training: those are below 2**32
-    lengths = [play(network, env) for _ in range(args.eval_episodes)]
-    return {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
-
-
-def film(network: ActorCritic, args: Args) -> bytes:
+def film(network: ActorCritic, seed: int) -> bytes:
     """The evaluation's first episode once more, as an MP4."""
     import pygame  # here, so that without it only the film is missing
 
-    env, pictures = make_env(render_mode="rgb_array"), []
-    env.reset(seed=2**32 + args.seed)
+    env = make_env(render_mode="rgb_array_list")  # keeps a picture of each step
     env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
-    play(network, env, pictures)
-    fps = env.metadata["render_fps"]
-    mp4 = imageio.mimwrite("<bytes>", pictures, "mp4", fps=fps, macro_block_size=2)
+    evaluate(network, env, seed, num_episodes=1)
+    mp4 = imageio.mimwrite("<bytes>", env.render(), "mp4", fps=50, macro_block_size=2)
     imageio.get_reader(mp4, "mp4").close()  # ffmpeg does not say if it failed
     return mp4
-
-
-def load_weights(network: ActorCritic, path: Path) -> None:
-    """Loads a file's weights into the network; ValueError says why they are not for it."""
-    try:
-        network.load_state_dict(torch.load(path, "cpu", weights_only=True))
-    except Exception as error:  # a damaged file can raise nearly anything
-        layer = str(error).partition("\n\t")[2].partition("\n")[0]  # the first that does not fit
-        raise ValueError(f"--weights: {path} is damaged or of another network. {layer}") from error
-    if not all(weight.isfinite().all() for weight in network.parameters()):
-        raise ValueError(f"--weights: {path} holds weights that are not finite")
 
 
 def save(path: Path, content: bytes) -> None:
@@ -396,7 +341,14 @@ def train(args: Args) -> dict:
     cuda = args.device != "cpu" and torch.cuda.is_available()
     network = ActorCritic(args.hidden_size).to("cuda" if cuda else "cpu")
     if args.weights:
-        load_weights(network, args.weights)
+        try:
+            network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
+        except Exception as error:  # a damaged file can raise nearly anything
+            layer = str(error).partition("\n\t")[2].partition("\n")[0]  # a misfit
+            why = f"{args.weights} is damaged or of another network. {layer}"
+            raise ValueError(f"--weights: {why}") from error
+        if not all(weight.isfinite().all() for weight in network.parameters()):
+            raise ValueError(f"--weights: {args.weights} holds weights that are not finite")
     averaged = copy.deepcopy(network)
     run_dir = args.runs_dir / f"a2c_cartpole__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
@@ -418,15 +370,16 @@ def train(args: Args) -> dict:
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     versions["python"] = sys.version.split()[0]
     result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
-    result |= {"steps_per_second": outcome["steps"] / seconds, **evaluate(averaged, args)}
+    lengths = evaluate(averaged, make_env(), args.seed, args.eval_episodes)
+    result |= {"steps_per_second": outcome["steps"] / seconds}
+    result |= {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
     save(run_dir / "result.json", json.dumps(result, indent=2).encode())
-    print(f"Greedy: {result['eval_mean']:.1f} steps an episode")
+    print(f"Greedy: {result['eval_mean']:.1f} steps an episode. Everything is in {run_dir}")
     try:
-        save(run_dir / "film.mp4", film(averaged, args))
+        save(run_dir / "film.mp4", film(averaged, args.seed))
     except Exception as error:  # they can raise nearly anything
-        reason = f"pygame, imageio or ffmpeg failed: {error}".partition("\n")[0]
-        raise OSError(f"no film: {reason}; everything else is in {run_dir}") from error
-    print(f"Everything is in {run_dir}")
+        why = f"pygame, imageio or ffmpeg failed: {error}".partition("\n")[0]
+        raise OSError(f"no film: {why}; everything else is in {run_dir}") from error
     return result
 
 
@@ -434,13 +387,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small to share
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # as Ctrl-C
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
-            signal.signal(number, signal.default_int_handler)
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda *_: sys.exit(130))  # the weights are saved all the same
     threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
     try:
-        train(tyro.cli(Args))
+        train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)

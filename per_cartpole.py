@@ -58,7 +58,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -174,47 +174,38 @@ class QNetwork(nn.Module):
 PRIORITY_EPSILON = 1e-4  # added to |TD error|, so that every transition can be drawn again
 
 
-class Batch(NamedTuple):
-    """Transitions (s, a, r, s') drawn from the memory."""
-
-    states: Tensor  # (batch, 4) float32
-    actions: Tensor  # (batch, 1) int64
-    rewards: Tensor  # (batch, 1) float32
-    next_states: Tensor  # (batch, 4) float32
-    not_done: Tensor  # (batch, 1) float32: 0 where the episode ended, else 1
-    importance: Tensor | float = 1.0  # (batch, 1) float32, factors of the loss, 1 at most
+Batch = dict[str, Tensor]  # the columns of some transitions, (batch, 4) or (batch, 1)
 
 
 class ReplayMemory:
-    """The last `capacity` transitions, one a row; NumPy stores a row 10 times as fast as torch."""
+    """The last `capacity` transitions (s, a, r, s'), in a table with a row for each."""
 
     def __init__(self, capacity: int, rng: np.random.Generator, alpha: float, beta: float):
-        self.states = np.zeros((capacity, 4), np.float32)
-        self.actions = np.zeros((capacity, 1), np.int64)
-        self.rewards = np.zeros((capacity, 1), np.float32)
-        self.next_states = np.zeros((capacity, 4), np.float32)
-        self.not_done = np.zeros((capacity, 1), np.float32)
+        columns = [  # name, type, shape
+            ("states", np.float32, (4,)),
+            ("actions", np.int64, (1,)),
+            ("rewards", np.float32, (1,)),
+            ("next_states", np.float32, (4,)),
+            ("not_done", np.float32, (1,)),  # 0 where the episode ended, else 1
+        ]
         self.priorities = np.zeros(capacity, np.float64)  # p ** alpha; float32 sums lose small ones
         self.alpha, self.beta = alpha, beta
-        self.capacity, self.pushes, self.rng = capacity, 0, rng
+        self.table, self.pushes, self.rng = np.zeros(capacity, columns), 0, rng
 
     def __len__(self) -> int:
-        return min(self.pushes, self.capacity)
+        return min(self.pushes, len(self.table))
 
     def push(self, state, action: int, reward: float, next_state, done: bool) -> None:
         """Stores one transition, with states (4,), in place of the oldest if the memory is full."""
-        row = self.pushes % self.capacity
-        self.states[row] = state
-        self.actions[row] = action
-        self.rewards[row] = reward
-        self.next_states[row] = next_state
-        self.not_done[row] = not done
+        row = self.pushes % len(self.table)
+        self.table[row] = state, action, reward, next_state, not done
         self.priorities[row] = PRIORITY_EPSILON**self.alpha  # TD error 0 until recomputed
         self.pushes += 1
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:
         """Draws transitions uniformly, with replacement."""
-        return self.take(self.rng.integers(len(self), size=batch_size), device)
+        rows = self.rng.integers(len(self), size=batch_size)
+        return self.take(rows, device) | {"importance": torch.ones(batch_size, 1, device=device)}
 
     def sample_by_priority(self, batch_size: int, device: torch.device) -> Batch:
         """Draws transition i with the probability P(i), with replacement."""
@@ -226,7 +217,7 @@ class ReplayMemory:
         probabilities = self.priorities[rows] / total
         importance = (len(self) * probabilities) ** -self.beta  # (batch,)
         importance = (importance / importance.max()).astype(np.float32)[:, None]  # (batch, 1)
-        return self.take(rows, device)._replace(importance=torch.from_numpy(importance).to(device))
+        return self.take(rows, device) | {"importance": torch.from_numpy(importance).to(device)}
 
     def set_priorities(self, errors: np.ndarray) -> None:
         """Stores p ** alpha for every transition, where p is |TD error| + 0.0001."""
@@ -234,8 +225,8 @@ class ReplayMemory:
 
     def take(self, rows: np.ndarray, device: torch.device) -> Batch:
         """The transitions in these rows, as tensors."""
-        arrays = (self.states, self.actions, self.rewards, self.next_states, self.not_done)
-        return Batch(*(torch.from_numpy(array.take(rows, axis=0)).to(device) for array in arrays))
+        rows = self.table.take(rows)
+        return {name: torch.from_numpy(rows[name]).to(device) for name in rows.dtype.names}
 
 
 # ---- learning ----------------------------------------------------------------------------------
@@ -244,9 +235,9 @@ class ReplayMemory:
 @torch.no_grad()  # a constant
 def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma: float) -> Tensor:
     """r + gamma * Q_target(s', argmax_a' Q(s', a')), and r alone at an end: (batch, 1)."""
-    next_actions = network(batch.next_states).argmax(dim=1, keepdim=True)  # (batch, 1)
-    next_values = target_network(batch.next_states).gather(1, next_actions)  # (batch, 1)
-    return batch.rewards + gamma * batch.not_done * next_values
+    next_actions = network(batch["next_states"]).argmax(dim=1, keepdim=True)  # (batch, 1)
+    next_values = target_network(batch["next_states"]).gather(1, next_actions)  # (batch, 1)
+    return batch["rewards"] + gamma * batch["not_done"] * next_values
 
 
 @torch.no_grad()
@@ -255,7 +246,7 @@ def td_errors(
 ) -> np.ndarray:
     """Target minus Q(s, a) for each transition: (batch,)."""
     targets = td_targets(network, target_network, batch, gamma)  # (batch, 1)
-    values = network(batch.states).gather(1, batch.actions)  # (batch, 1)
+    values = network(batch["states"]).gather(1, batch["actions"])  # (batch, 1)
     return (targets - values).squeeze(1).cpu().numpy()
 
 
@@ -303,9 +294,9 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 batch = sample(args.batch_size, device)
                 targets = td_targets(network, target_network, batch, args.gamma)  # (batch, 1)
                 # Of both values, gather takes that of the action that was taken.
-                values = network(batch.states).gather(1, batch.actions)  # (batch, 1): Q(s, a)
+                values = network(batch["states"]).gather(1, batch["actions"])  # (batch, 1): Q(s, a)
                 losses = F.smooth_l1_loss(values, targets, reduction="none")  # Huber, (batch, 1)
-                loss = (batch.importance * losses).mean()
+                loss = (batch["importance"] * losses).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -347,49 +338,30 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 # ---- evaluation and the run --------------------------------------------------------------------
 
 
-def play(network: QNetwork, env: gym.Env, pictures: list | None = None) -> int:
-    """Plays a greedy episode; returns its steps, and adds a picture of each to the list."""
-    state, _ = env.reset()
-    steps, done = 0, False
-    while not done:
-        state, _, terminated, truncated, _ = env.step(network.greedy_action(state))
-        steps, done = steps + 1, terminated or truncated
-        if pictures is not None:
-            pictures.append(env.render())
-    return steps
+def evaluate(network: QNetwork, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
+    """The lengths of greedy episodes, in steps."""
+    env.reset(seed=2**32 + seed)  # no seed of training: those are below 2**32
+    lengths = []
+    for _ in range(num_episodes):
+        state, _ = env.reset()
+        steps, done = 0, False
+        while not done:
+            state, _, terminated, truncated, _ = env.step(network.greedy_action(state))
+            steps, done = steps + 1, terminated or truncated
+        lengths.append(steps)
+    return lengths
 
 
-def evaluate(network: QNetwork, args: Args) -> dict[str, float]:
-    """Mean and standard deviation of the steps of greedy episodes."""
-    env = make_env()
-    env.reset(seed=2**32 + args.seed)  # no seed of training: those are below 2**32
-    lengths = [play(network, env) for _ in range(args.eval_episodes)]
-    return {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
-
-
-def film(network: QNetwork, args: Args) -> bytes:
+def film(network: QNetwork, seed: int) -> bytes:
     """The evaluation's first episode once more, as an MP4."""
     import pygame  # here, so that without it only the film is missing
 
-    env, pictures = make_env(render_mode="rgb_array"), []
-    env.reset(seed=2**32 + args.seed)
+    env = make_env(render_mode="rgb_array_list")  # keeps a picture of each step
     env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
-    play(network, env, pictures)
-    fps = env.metadata["render_fps"]
-    mp4 = imageio.mimwrite("<bytes>", pictures, "mp4", fps=fps, macro_block_size=2)
+    evaluate(network, env, seed, num_episodes=1)
+    mp4 = imageio.mimwrite("<bytes>", env.render(), "mp4", fps=50, macro_block_size=2)
     imageio.get_reader(mp4, "mp4").close()  # ffmpeg does not say if it failed
     return mp4
-
-
-def load_weights(network: QNetwork, path: Path) -> None:
-    """Loads a file's weights into the network; ValueError says why they are not for it."""
-    try:
-        network.load_state_dict(torch.load(path, "cpu", weights_only=True))
-    except Exception as error:  # a damaged file can raise nearly anything
-        layer = str(error).partition("\n\t")[2].partition("\n")[0]  # the first that does not fit
-        raise ValueError(f"--weights: {path} is damaged or of another network. {layer}") from error
-    if not all(weight.isfinite().all() for weight in network.parameters()):
-        raise ValueError(f"--weights: {path} holds weights that are not finite")
 
 
 def save(path: Path, content: bytes) -> None:
@@ -408,7 +380,14 @@ def train(args: Args) -> dict:
     cuda = args.device != "cpu" and torch.cuda.is_available()
     network = QNetwork(args.hidden_size, args.zero_init).to("cuda" if cuda else "cpu")
     if args.weights:
-        load_weights(network, args.weights)
+        try:
+            network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
+        except Exception as error:  # a damaged file can raise nearly anything
+            layer = str(error).partition("\n\t")[2].partition("\n")[0]  # a misfit
+            why = f"{args.weights} is damaged or of another network. {layer}"
+            raise ValueError(f"--weights: {why}") from error
+        if not all(weight.isfinite().all() for weight in network.parameters()):
+            raise ValueError(f"--weights: {args.weights} holds weights that are not finite")
     averaged = copy.deepcopy(network)
     run_dir = args.runs_dir / f"per_cartpole__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
@@ -430,15 +409,16 @@ def train(args: Args) -> dict:
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     versions["python"] = sys.version.split()[0]
     result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
-    result |= {"steps_per_second": outcome["steps"] / seconds, **evaluate(averaged, args)}
+    lengths = evaluate(averaged, make_env(), args.seed, args.eval_episodes)
+    result |= {"steps_per_second": outcome["steps"] / seconds}
+    result |= {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
     save(run_dir / "result.json", json.dumps(result, indent=2).encode())
-    print(f"Greedy: {result['eval_mean']:.1f} steps an episode")
+    print(f"Greedy: {result['eval_mean']:.1f} steps an episode. Everything is in {run_dir}")
     try:
-        save(run_dir / "film.mp4", film(averaged, args))
+        save(run_dir / "film.mp4", film(averaged, args.seed))
     except Exception as error:  # they can raise nearly anything
-        reason = f"pygame, imageio or ffmpeg failed: {error}".partition("\n")[0]
-        raise OSError(f"no film: {reason}; everything else is in {run_dir}") from error
-    print(f"Everything is in {run_dir}")
+        why = f"pygame, imageio or ffmpeg failed: {error}".partition("\n")[0]
+        raise OSError(f"no film: {why}; everything else is in {run_dir}") from error
     return result
 
 
@@ -446,13 +426,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small to share
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # as Ctrl-C
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
-            signal.signal(number, signal.default_int_handler)
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda *_: sys.exit(130))  # the weights are saved all the same
     threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
     try:
-        train(tyro.cli(Args))
+        train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)

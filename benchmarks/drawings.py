@@ -22,12 +22,12 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 RESULTS = Path(__file__).resolve().parent / "results"
 sys.path.insert(0, str(RESULTS.parent.parent))
 import a2c_breakout
-import a2c_cartpole
 import dqn_cartpole
 
 GRAY, BLUE, ORANGE, GREEN, RED = "0.45", "#3b78b5", "#e08a1e", "#5a9e4b", "#c8403a"
@@ -166,9 +166,13 @@ def dueling() -> None:
 def rollout() -> None:
     """Where episodes end is real: 32 poles pushed at random, from their 16th to their 20th step."""
     torch.manual_seed(0)
-    poles = a2c_cartpole.CartPoles(32, seed=0)
-    steps = [poles.step(torch.randint(2, (32,))) for _ in range(20)][15:]
-    dones, decided = (torch.stack(parts) for parts in list(zip(*steps))[1:])  # (5, 32) both
+    poles, ends, decisions = CartPoleVectorEnv(32, max_episode_steps=200), [], []
+    poles.reset(seed=0)
+    for _ in range(20):
+        _, ones, terminated, truncated, _ = poles.step(torch.randint(2, (32,)).numpy())
+        ends.append(torch.from_numpy(terminated | truncated))
+        decisions.append(torch.from_numpy(ones > 0))
+    dones, decided = torch.stack(ends[15:]), torch.stack(decisions[15:])  # (5, 32) both
     axes = canvas(10, 5.5)
     top, height, green = 5.05, 0.15, "#cfe3c8"
     reset = {"hatch": "////", "linewidth": 0.5}

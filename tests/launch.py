@@ -35,7 +35,7 @@ def main(script, flags, cwd, env, limits, outputs) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
-    sys.argv = [str(script), *flags]
+    sys.argv = ["script.py", *flags]
     if isinstance(script, str):
         exec(compile(script, "code", "exec"), {"__name__": "__main__"})
     else:

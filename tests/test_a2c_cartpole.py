@@ -3,14 +3,13 @@
 import copy
 import math
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import a2c_cartpole
-from a2c_cartpole import ActorCritic, Args, CartPoles, book_rewards, learn
+from a2c_cartpole import ActorCritic, Args, CartPoleVectorEnv, book_reward, learn
 from test_dqn_cartpole import Writer
 
 
@@ -40,63 +39,19 @@ def test_actions_are_drawn_from_the_policy():
     with torch.no_grad():
         network.actor.weight.zero_()
         network.actor.bias.copy_(torch.tensor([0.0, math.log(3)]))  # 1 is three times as likely
-    actions = network.act(torch.zeros(20_000, 4))
-    assert actions.dtype == torch.int64 and actions.shape == (20_000,)
-    assert actions.double().mean() == pytest.approx(0.75, abs=0.013)  # 4 standard deviations
+    actions = network.act(np.zeros((20_000, 4), np.float32))
+    assert actions.dtype == np.int64 and actions.shape == (20_000,)
+    assert actions.mean() == pytest.approx(0.75, abs=0.013)  # 4 standard deviations
     assert network.greedy_action(np.zeros(4, np.float32)) == 1
 
 
 # ---- environment ---------------------------------------------------------------------------------
 
 
-def test_book_rewards():
-    steps = torch.tensor([1, 195, 196, 200, 195, 199])
-    dones = torch.tensor([False, True, True, True, False, False])
-    rewards = book_rewards(steps, dones)
-    assert rewards.tolist() == [0, -1, 1, 1, 0, 0]
-    assert rewards.dtype == torch.float32
-
-
-def test_poles_behave_like_the_single_environment_and_reset_steps_are_no_decisions():
-    """The single environment is put where each episode began, and given the same actions."""
-    envs, single = CartPoles(4, seed=0), gym.make("CartPole-v1").unwrapped
-    starts, trails, ended = list(envs.observations), [[] for _ in range(4)], 0
-    for _ in range(120):
-        actions, before = torch.randint(2, (4,)), envs.dones
-        rewards, dones, decided = envs.step(actions)
-        assert torch.equal(decided, ~before)  # a reset follows each end, and nothing else
-        for i in range(4):
-            if not decided[i]:
-                assert envs.steps[i] == 0 and rewards[i] == 0 and not dones[i]
-                assert envs.observations[i].abs().max() <= 0.05
-                starts[i], trails[i] = envs.observations[i], []
-                continue
-            trails[i].append(int(actions[i]))
-            assert envs.steps[i] == len(trails[i])
-            if dones[i]:
-                single.reset()
-                single.state = starts[i].double().numpy()
-                for step, action in enumerate(trails[i], 1):
-                    observation, _, terminated, _, _ = single.step(action)
-                    assert terminated == (step == len(trails[i]))
-                np.testing.assert_allclose(observation, envs.observations[i], atol=1e-3)
-                assert rewards[i] == -1 and envs.last_lengths[i] == step
-                ended += 1
-    assert ended > 10
-
-
-def test_every_episode_may_last_200_steps():
-    """The first one and those after a reset."""
-    envs, ends = CartPoles(3, seed=0), []
-    assert len({tuple(row.tolist()) for row in envs.observations}) == 3  # they start differently
-    for step in range(1, 403):
-        angle, speed = envs.observations[:, 2], envs.observations[:, 3]
-        rewards, dones, _ = envs.step((angle + speed > 0).long())  # push towards the fall
-        if dones.any():
-            assert dones.all() and rewards.tolist() == [1, 1, 1]
-            assert envs.last_lengths.tolist() == [200, 200, 200]
-            ends.append(step)
-    assert ends == [200, 401]
+def test_book_reward():
+    steps = np.array([1, 195, 196, 200, 195, 199])
+    rewards = book_reward(steps, np.array([False, True, True, True, False, False]))
+    assert rewards.tolist() == [0, -1, 1, 1, 0, 0] and rewards.dtype == np.float32
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -106,21 +61,29 @@ def test_every_episode_may_last_200_steps():
 def test_every_update_is_replayed(monkeypatch, decay, max_grad_norm):
     """From what the poles were asked and answered alone: batch, returns, loss, clipping, average.
 
-    The replay knows nothing of the storage. A step after an end is a reset and is left out. The
-    curves show each twentieth update.
+    The replay counts the steps itself. A step after an end is a reset and is left out. The curves
+    show each twentieth update.
     """
     T, N, transitions, writer = 5, 4, [], Writer()
 
-    class Spied(CartPoles):
-        def step(self, actions):
-            before, reset_steps = self.observations.clone(), self.dones.clone()
-            rewards, dones, decided = super().step(actions)
-            after = self.observations.clone()
-            step = (before, actions.clone(), rewards.clone(), dones.clone(), after, reset_steps)
-            transitions.append(step)
-            return rewards, dones, decided
+    class Spied(CartPoleVectorEnv):
+        def reset(self, **options):
+            self.seen, _ = answer = super().reset(**options)
+            self.lengths = np.zeros(N)
+            self.ended = self.lengths > 0
+            return answer
 
-    monkeypatch.setattr(a2c_cartpole, "CartPoles", Spied)
+        def step(self, actions):
+            before, reset_steps = torch.from_numpy(self.seen), self.ended
+            self.seen, _, terminated, truncated, _ = answer = super().step(actions)
+            self.ended = terminated | truncated
+            self.lengths = np.where(reset_steps, 0, self.lengths + 1)
+            rewards = torch.from_numpy(np.where(self.ended & (self.lengths < 196), -1.0, 0.0))
+            after, dones = torch.from_numpy(self.seen), torch.from_numpy(self.ended)
+            transitions.append((before, actions.copy(), rewards, dones, after, reset_steps))
+            return answer
+
+    monkeypatch.setattr(a2c_cartpole, "CartPoleVectorEnv", Spied)
     torch.manual_seed(0)
     network = ActorCritic(32)
     expected, averaged = copy.deepcopy(network), copy.deepcopy(network)
@@ -188,22 +151,22 @@ class ScriptedPoles:
     """Episodes of given lengths, one list for each environment, without reset steps."""
 
     def __init__(self, lengths: list[list[int]]):
-        self.lengths, self.num_envs = [iter(of_one) for of_one in lengths], len(lengths)
-        self.left = torch.tensor([next(of_one) for of_one in self.lengths])
-        self.observations = torch.zeros(self.num_envs, 4)
-        self.steps = torch.zeros(self.num_envs, dtype=torch.int64)
-        self.last_lengths = torch.zeros(self.num_envs, dtype=torch.int64)
-        self.dones = torch.zeros(self.num_envs, dtype=torch.bool)
+        self.lengths = [iter(of_one) for of_one in lengths]
+        self.left = np.array([next(of_one) for of_one in self.lengths])
+        self.steps, self.dones = np.zeros((2, len(lengths)), int)
+
+    def reset(self, seed):
+        assert seed == 7
+        return np.zeros((len(self.steps), 4), np.float32), {}
 
     def step(self, actions):
-        self.steps[self.dones] = 0
-        self.steps += 1
+        self.steps = np.where(self.dones, 0, self.steps) + 1
         self.left -= 1
         self.dones = self.left == 0
-        for i in self.dones.nonzero():
-            self.left[i] = next(self.lengths[int(i)])
-            self.last_lengths[i] = self.steps[i]
-        return book_rewards(self.steps, self.dones), self.dones, torch.ones_like(self.dones)
+        for i in self.dones.nonzero()[0]:
+            self.left[i] = next(self.lengths[i])
+        states, ones = np.zeros((len(actions), 4), np.float32), np.ones(len(actions))
+        return states, ones, self.dones & (self.steps < 200), self.dones & (self.steps == 200), {}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +179,18 @@ class ScriptedPoles:
 def test_solved_when_the_last_episode_of_every_environment_was_a_success(
     monkeypatch, lengths, limit, outcome
 ):
-    poles = {(2, 7): ScriptedPoles(lengths)}  # by number and seed
-    monkeypatch.setattr(a2c_cartpole, "CartPoles", lambda *args: poles[args])
+    rewarded = []  # lengths of the episodes that have ended
+
+    def spied_reward(steps, done):
+        rewarded.extend(steps[done].tolist())
+        return book_reward(steps, done)
+
+    def make(num_envs, max_episode_steps):
+        assert (num_envs, max_episode_steps) == (2, 200)
+        return ScriptedPoles(lengths)
+
+    monkeypatch.setattr(a2c_cartpole, "CartPoleVectorEnv", make)
+    monkeypatch.setattr(a2c_cartpole, "book_reward", spied_reward)
     found = learn_from(seed=7, num_envs=2, num_steps=5, total_timesteps=limit)
     assert tuple(found.values()) == outcome  # solved_episode, episodes, steps
+    assert sorted(rewarded) == sorted(length for row in lengths for length in row if length < 999)

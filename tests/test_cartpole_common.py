@@ -132,15 +132,13 @@ def test_the_average_is_what_is_saved_and_evaluated_and_can_be_given(name, tmp_p
 
     network = script.ActorCritic(32) if name == A2C else script.QNetwork(32, True)
     network.load_state_dict(kept)
-    env = script.make_env()
-    env.reset(seed=2**32 + 7)
-    lengths = [script.play(network, env) for _ in range(9)]
+    lengths = script.evaluate(network, script.make_env(), seed=7, num_episodes=9)
     assert len(set(lengths)) > 1
     assert result["eval_mean"] == pytest.approx(np.mean(lengths))
     assert result["eval_std"] == pytest.approx(np.std(lengths))
     with imageio.get_reader(run_dir / "film.mp4") as film:  # it shows the first episode
         assert (film.get_meta_data()["fps"], film.get_meta_data()["size"]) == (50, (600, 400))
-        assert sum(1 for _ in film) == lengths[0]
+        assert sum(1 for _ in film) == 1 + lengths[0]
 
 
 class Balancing:
@@ -158,7 +156,7 @@ def test_evaluations_share_no_episode_with_other_seeds_or_training(tmp_path, mon
 
     monkeypatch.setattr(CartPoleEnv, "reset", spied)
     for seed in (0, 1, 2**32 - 1):
-        script.evaluate(Balancing(), script.Args(seed=seed, eval_episodes=9))
+        script.evaluate(Balancing(), script.make_env(), seed, num_episodes=9)
     assert len(starts) == 3 * 10  # one more to set the seed
     run_once("dqn_cartpole", tmp_path, seed=1)  # 7 in training, none anew in the evaluation
     assert len(starts) == 30 + 7
@@ -167,8 +165,7 @@ def test_evaluations_share_no_episode_with_other_seeds_or_training(tmp_path, mon
 @of_both_kinds
 def test_an_evaluation_episode_has_200_steps_at_most(name):
     script = importlib.import_module(name)
-    expected = {"eval_mean": 200, "eval_std": 0}
-    assert script.evaluate(Balancing(), script.Args(eval_episodes=3)) == expected
+    assert script.evaluate(Balancing(), script.make_env(), 0, num_episodes=3) == [200] * 3
 
 
 # ---- weights that are not ours -----------------------------------------------------------------

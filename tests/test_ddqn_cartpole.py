@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ddqn_cartpole
-from ddqn_cartpole import Args, Batch, QNetwork, learn, td_targets
+from ddqn_cartpole import Args, QNetwork, learn, td_targets
 from test_dqn_cartpole import Writer
 
 
@@ -16,7 +16,7 @@ def test_main_network_chooses_and_target_network_values():
     main, target = QNetwork(32, zero_init=False), QNetwork(32, zero_init=False)
     next_states, rewards, not_done = torch.randn(64, 4), torch.randn(64, 1), torch.ones(64, 1)
     not_done[:9] = 0  # these ended their episodes
-    batch = Batch(torch.randn(64, 4), torch.zeros(64, 1).long(), rewards, next_states, not_done)
+    batch = {"rewards": rewards, "next_states": next_states, "not_done": not_done}
     targets = td_targets(main, target, batch, 0.9)
     assert torch.equal(targets[:9], rewards[:9]) and not targets.requires_grad
     chosen = main(next_states).argmax(dim=1)

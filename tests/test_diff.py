@@ -38,7 +38,7 @@ def changed_lines(old: str, new: str) -> list[str]:
     [
         ("dqn_cartpole", "ddqn_cartpole", 22),
         ("ddqn_cartpole", "dueling_cartpole", 16),
-        ("ddqn_cartpole", "per_cartpole", 66),
+        ("ddqn_cartpole", "per_cartpole", 67),
     ],
 )
 def test_a_step_of_the_family_changes_these_lines_and_no_other(old, new, number):
@@ -49,7 +49,7 @@ def test_a_step_of_the_family_changes_these_lines_and_no_other(old, new, number)
 
 def test_a2c_ends_like_the_q_learning_scripts():
     """Evaluation, film, weights, files, the run and the main guard."""
-    end = source("dqn_cartpole").split("def play(")[1]
+    end = source("dqn_cartpole").split("def evaluate(")[1]
     for ours, theirs in [("dqn_", "a2c_"), ("QNetwork", "ActorCritic"), (", args.zero_init", "")]:
         end = end.replace(ours, theirs)
     assert source("a2c_cartpole").endswith(end)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dqn_cartpole
-from dqn_cartpole import Args, Batch, QNetwork, ReplayMemory, book_reward, learn
+from dqn_cartpole import Args, QNetwork, ReplayMemory, book_reward, learn
 
 CPU = torch.device("cpu")
 
@@ -65,19 +65,19 @@ def memory_of(count: int, capacity: int) -> ReplayMemory:
 
 def test_memory_keeps_the_newest_and_their_parts_together():
     batch = memory_of(13, capacity=10).sample(200, CPU)
-    i = batch.rewards  # (200, 1)
+    i = batch["rewards"]  # (200, 1)
     assert sorted(set(i[:, 0].tolist())) == list(range(3, 13))
-    assert torch.equal(batch.states, i.expand(-1, 4))
-    assert torch.equal(batch.next_states, batch.states + 0.5)
-    assert torch.equal(batch.actions, (i % 2).long())
-    assert torch.equal(batch.not_done, (i % 3 != 0).float())
-    assert batch.states.dtype == batch.next_states.dtype == torch.float32
+    assert torch.equal(batch["states"], i.expand(-1, 4))
+    assert torch.equal(batch["next_states"], batch["states"] + 0.5)
+    assert torch.equal(batch["actions"], (i % 2).long())
+    assert torch.equal(batch["not_done"], (i % 3 != 0).float())
+    assert batch["states"].dtype == batch["next_states"].dtype == torch.float32
 
 
-def assert_frequencies(batch: Batch, probabilities: np.ndarray) -> None:
+def assert_frequencies(batch: dict, probabilities: np.ndarray) -> None:
     """Chi-square of the rewards drawn, 0, 1, 2 ..., up to its mean and 4 standard deviations."""
-    counts = np.bincount(batch.rewards[:, 0].long().numpy(), minlength=len(probabilities))
-    expected = len(batch.rewards) * np.asarray(probabilities)
+    counts = np.bincount(batch["rewards"][:, 0].long().numpy(), minlength=len(probabilities))
+    expected = len(batch["rewards"]) * np.asarray(probabilities)
     assert not counts[expected == 0].any()
     counts, expected = counts[expected > 0], expected[expected > 0]
     freedom = len(counts) - 1
@@ -101,7 +101,7 @@ def test_every_step_is_adam_on_the_huber_loss_and_the_average_follows(monkeypatc
     sample = ReplayMemory.sample
 
     def spied(memory, batch_size, device):
-        assert (memory.capacity, batch_size) == (5000, 16)
+        assert (len(memory.table), batch_size) == (5000, 16)
         batches.append((len(writer["charts/episode"]), sample(memory, batch_size, device)))
         return batches[-1][1]
 
@@ -116,9 +116,9 @@ def test_every_step_is_adam_on_the_huber_loss_and_the_average_follows(monkeypatc
     last = {}  # loss and mean value of each episode's last update
     for episode, batch in batches:
         with torch.no_grad():
-            best = expected(batch.next_states).max(dim=1).values
-        targets = batch.rewards[:, 0] + 0.9 * batch.not_done[:, 0] * best
-        values = expected(batch.states)[torch.arange(16), batch.actions[:, 0]]
+            best = expected(batch["next_states"]).max(dim=1).values
+        targets = batch["rewards"][:, 0] + 0.9 * batch["not_done"][:, 0] * best
+        values = expected(batch["states"])[torch.arange(16), batch["actions"][:, 0]]
         loss = F.huber_loss(values, targets)
         last[episode] = loss.item(), values.mean().item()
         optimizer.zero_grad()

@@ -115,6 +115,14 @@ def test_importing_a_script_does_nothing_else(name):
     torch.set_num_threads(1)
 
 
+@every_script
+def test_in_a_notebooks_cell_the_kernels_flags_are_not_those_of_the_script(name, tmp_path):
+    code = re.sub(r" (train|play)\(tyro", " print(tyro", source(name))
+    argv = "import sys; sys.argv = ['/packages/ipykernel_launcher.py', '-f', 'kernel.json']\n"
+    process = Process(argv + code, cwd=tmp_path)
+    assert process.wait() == 0 and "Args(" in process.stdout, process.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "short"),
     [("dqn_cartpole", "num_episodes=1, eval_episodes=1"),

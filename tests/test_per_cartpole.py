@@ -37,7 +37,7 @@ def test_transitions_are_drawn_in_proportion_to_their_priorities(alpha):
 def test_a_point_on_the_total_stays_inside_the_memory():
     memory = memory_of(3, capacity=10)
     memory.rng = SimpleNamespace(random=np.ones)
-    assert memory.sample_by_priority(2, CPU).rewards[:, 0].tolist() == [2.0, 2.0]
+    assert memory.sample_by_priority(2, CPU)["rewards"][:, 0].tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6])
@@ -58,7 +58,8 @@ def test_priorities_of_a_full_memory_are_summed_in_float64():
     total = memory.priorities.sum()
     middles = (np.arange(64) + 0.5) * EPSILON  # of the last 64 transitions' shares, from the end
     memory.rng = SimpleNamespace(random=lambda size: 1 - middles / total)
-    assert memory.sample_by_priority(64, CPU).rewards[:, 0].tolist() == list(range(9999, 9935, -1))
+    batch = memory.sample_by_priority(64, CPU)
+    assert batch["rewards"][:, 0].tolist() == list(range(9999, 9935, -1))
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.6, 0.4), (1.0, 1.0)])
@@ -68,18 +69,18 @@ def test_importance_factors(alpha, beta):
     memory.set_priorities(errors)
     batch = memory.sample_by_priority(64, CPU)
     priorities = (np.abs(errors) + EPSILON) ** alpha
-    drawn = (priorities / priorities.sum())[batch.rewards[:, 0].long().numpy()]
+    drawn = (priorities / priorities.sum())[batch["rewards"][:, 0].long().numpy()]
     factors = (30 * drawn) ** -beta
     expected = torch.tensor(factors / factors.max(), dtype=torch.float32)
-    torch.testing.assert_close(batch.importance, expected[:, None])
-    assert batch.importance.max() == 1
+    torch.testing.assert_close(batch["importance"], expected[:, None])
+    assert batch["importance"].max() == 1
 
 
 def test_uniform_batches_have_importance_1_and_are_uniform():
     memory = memory_of(30, capacity=40)
     memory.set_priorities(np.arange(30.0))
     batch = memory.sample(50_000, CPU)
-    assert batch.importance == 1.0
+    assert torch.equal(batch["importance"], torch.ones(50_000, 1))
     assert_frequencies(batch, np.full(30, 1 / 30))
 
 
@@ -100,12 +101,13 @@ def test_importance_scales_each_transition_in_the_loss(monkeypatch):
 
     optimizer = torch.optim.Adam(expected.parameters(), 0.01, fused=True)
     for batch in batches:
-        errors = expected(batch.states).gather(1, batch.actions) - batch.rewards  # gamma is 0
+        values = expected(batch["states"]).gather(1, batch["actions"])
+        errors = values - batch["rewards"]  # gamma is 0
         huber = torch.where(errors.abs() < 1, errors.square() / 2, errors.abs() - 0.5)
         optimizer.zero_grad()
-        (batch.importance * huber).mean().backward()
+        (batch["importance"] * huber).mean().backward()
         optimizer.step()
-    assert any(batch.importance.min() < 0.9 for batch in batches)
+    assert any(batch["importance"].min() < 0.9 for batch in batches)
     for ours, theirs in zip(network.parameters(), expected.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
@@ -139,9 +141,9 @@ def test_first_uniform_then_by_priority_and_at_an_episodes_end_priorities_before
         + ["priority", "recompute", "copy", "priority", "recompute"]
     )
     memory, (main, target, everything, gamma) = last["priority"][0], last["recompute"]
-    assert (memory.capacity, memory.alpha, memory.beta, gamma) == (40, 0.7, 0.3, 0.8)
-    assert main is network is not target and len(everything.rewards) == len(memory) == 40
+    assert (len(memory.table), memory.alpha, memory.beta, gamma) == (40, 0.7, 0.3, 0.8)
+    assert main is network is not target and len(everything["rewards"]) == len(memory) == 40
     targets = per_cartpole.td_targets(main, target, everything, 0.8)[:, 0]
-    errors = targets - network(everything.states)[range(40), everything.actions[:, 0]]
+    errors = targets - network(everything["states"])[range(40), everything["actions"][:, 0]]
     expected = (errors.detach().abs().numpy() + EPSILON) ** 0.7
     np.testing.assert_allclose(memory.priorities, expected, rtol=1e-3, atol=1e-6)

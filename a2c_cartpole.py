@@ -193,13 +193,13 @@ def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: 
 
 
 def compute_losses(
-    network: ActorCritic, observations: Tensor, actions: Tensor, returns: Tensor
+    network: ActorCritic, states: Tensor, actions: Tensor, returns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value loss, policy loss and entropy, each the mean over B decisions.
 
-    observations (B, 4), actions (B,) int64, returns (B,) float32.
+    states (B, 4), actions (B,) int64, returns (B,) float32.
     """
-    values, logits = network(observations)
+    values, logits = network(states)
     log_probs = F.log_softmax(logits, dim=-1)  # (B, 2)
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
     advantages = returns - values  # (B,)

@@ -12,7 +12,7 @@ game ended; length: in decisions), and breakout_3m6.png: a dot is a game, a line
 Prints for each run when the running mean first reached 100, 200, 300 and 400; how much of the last
 million timesteps went into games of over 3000 decisions, and into those among them that cleared the
 first wall (432 points); and the falls: how often the running mean lost more than a quarter of its
-highest value so far, when it lay under three quarters of it, and how deep it fell.
+highest value so far, when it had lost so much, and how deep it fell.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def report(label: str, games: np.ndarray) -> None:
     print(f"  last million timesteps: {share:.1%} of the decisions in games of over {LONG}, "
           f"{cleared:.1%} in those of them that cleared the first wall")  # fmt: skip
     highest = np.maximum.accumulate(mean)
-    fallen = mean < 0.75 * highest
+    fallen = mean < highest - 0.25 * np.abs(highest)
     for high in np.unique(highest[fallen]):  # each is one fall, until it is reached again
         below = fallen & (highest == high)
         low, (first, last) = mean[below].min(), times[below][[0, -1]]
@@ -106,9 +106,11 @@ def main() -> None:
         mean, millions = running_mean(games[:, 1]), games[:, 0] / 1e6
         axes.plot(millions, games[:, 1], ".", markersize=2, alpha=0.15, color=f"C{number}")
         axes.plot(millions[-len(mean) :], mean, color=f"C{number}", label=label)
-    axes.axhline(WALL, color="0.4", linewidth=0.8, linestyle=":", label="the first wall")
+    scores = np.concatenate([games[:, 1] for games in curves.values()])
+    if scores.max() >= WALL:  # it is Breakout
+        axes.axhline(WALL, color="0.4", linewidth=0.8, linestyle=":", label="the first wall")
     axes.set(xlabel="timesteps (millions)", ylabel="score of a whole game (points)")
-    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.set(xlim=(0, None), ylim=(min(0, scores.min()), None))
     legend = "mean of the last 100 games;\na dot is a single game"
     axes.legend(loc="upper left", alignment="left", title=legend)
     axes.grid(alpha=0.3)

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--games", type=int, default=100)
     parser.add_argument("--seed", type=int, default=10_000, help="of the first game")
+    parser.add_argument("--env-id", default="BreakoutNoFrameskip-v4", help="as in play_breakout.py")
     parser.add_argument("--sticky-actions", type=float, default=0, help="as in play_breakout.py")
     args = parser.parse_args()
 
@@ -31,7 +32,7 @@ def main() -> None:
     try:
         result = play_breakout.play(play_breakout.Args(
             weights=args.weights, seed=args.seed, full_games=args.games,
-            sticky_actions=args.sticky_actions, runs_dir=ROOT / "runs",
+            sticky_actions=args.sticky_actions, env_id=args.env_id, runs_dir=ROOT / "runs",
         ))  # fmt: skip
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -68,7 +68,7 @@ def test_the_loops_of_a2c_have_the_same_steps():
 @pytest.mark.parametrize("name", ["compute_returns", "compute_losses"])
 def test_returns_and_losses_of_a2c_are_the_same(name):
     def code(script):
-        function = ast.parse(definition(script, name)).body[0]
+        function = ast.parse(definition(script, name).replace("observations", "states")).body[0]
         return ast.unparse(function.args), [ast.unparse(line) for line in function.body[1:]]
 
     assert code(A2C[0]) == code(A2C[1])

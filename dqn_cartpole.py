@@ -167,7 +167,6 @@ class QNetwork(nn.Module):
 
 # ---- replay memory -----------------------------------------------------------------------------
 
-
 Batch = dict[str, Tensor]  # the columns of some transitions, (batch, 4) or (batch, 1)
 
 

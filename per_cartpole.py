@@ -172,8 +172,6 @@ class QNetwork(nn.Module):
 # ---- replay memory -----------------------------------------------------------------------------
 
 PRIORITY_EPSILON = 1e-4  # added to |TD error|, so that every transition can be drawn again
-
-
 Batch = dict[str, Tensor]  # the columns of some transitions, (batch, 4) or (batch, 1)
 
 

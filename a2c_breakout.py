@@ -72,7 +72,7 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.
 stop_requests: dict[int, float] = {}  # signals, and when they first came: see request_stop
 
 
-@dataclass
+@dataclass  # of whose fields tyro makes flags, and of the comments their help
 class Args:
     """Train A2C on an Atari game."""
 

@@ -7,36 +7,38 @@
 # ///
 """Advantage actor-critic (A2C) on CartPole: a policy learns from a critic, 32 poles at a time.
 
-In each step an agent observes a state s (where cart and pole are, and how fast), takes an action a
-(push left or right), and gets a reward r. The return is the sum of all the rewards to come, each
-multiplied by gamma = 0.99 once for every step until then. One network gives two answers: pi(a|s),
-the probability with which each action is taken, called the policy (the actor), and V(s), the return
-to expect from state s (the critic). Five steps in 32 environments, a rollout, make one update of
-both, and are then forgotten:
+A cart is pushed so that the pole on it stays up. In each step the agent sees a state s (where cart
+and pole are, and how fast), takes an action a (push left or right), and gets a reward r. The return
+is the sum of all the rewards to come, one k steps ahead multiplied by gamma^k (gamma is 0.99). One
+network gives two answers: pi(a|s), the probability with which each action is taken, called the
+policy (the actor), and V(s), the return to expect from state s if this policy acts (the critic).
+Five steps in 32 environments, a rollout, make one update of both, and are then forgotten:
 
     R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended an episode; R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
 R_t is an n-step return: n = 5 rewards and then V(s_5) for the first of the five steps, n = 1 for
-the last. To let V stand for what was not played is called bootstrapping, and makes R_t, like A_t,
+the last. To let V stand for what was not played is called bootstrapping; R_t, and A_t with it, is
 an estimate.
 
-The first term is the policy gradient: an action that went better than expected gets more likely,
-one that went worse less. On average, its gradient is that of the expected return. So it would be
-with R_t in place of A_t, but then whichever action was drawn in a good state would get more likely,
-the worse one as well; V, which is taken off, is called the baseline. A_t is a constant in this
-term: V is trained by the second one, which moves it towards R_t, a constant as well (else R_t would
-move towards V). The third term is the entropy, highest where all actions are equally likely. It
-keeps the policy, from which the actions are drawn, from settling too soon: only actions that are
-tried (exploration) show what they bring. 0.5 and 0.01 weigh the terms against each other.
+The first term makes an action that went better than expected more likely, one that went worse less.
+To lower it is, on average and as far as the estimates are right, to raise the expected return: its
+gradient is called the policy gradient. That would hold with R_t in place of A_t, but then whichever
+action was drawn in a good state would get more likely, the worse one as well; V, which is
+subtracted, is called the baseline. A_t is a constant in this term: V is trained by the second one,
+which moves it towards R_t, a constant as well (else R_t would move towards V). The third term is
+the entropy, highest where all actions are equally likely. It keeps the policy, from which the
+actions are drawn, from settling too soon: only actions that are tried (exploration) show what they
+bring. 0.5 and 0.01 weigh the terms against each other.
 
 There is no replay memory: A_t tells how good an action was if the policy goes on as it is, so steps
-of an older policy would teach the wrong thing. A2C is on-policy. In place of a memory, 32 poles,
-soon at different points of their episodes, make the 160 steps of a batch differ.
+of an older policy would teach the wrong thing: A2C is on-policy. In place of a memory, 32 poles,
+soon at different points of their episodes, make the 160 steps of a batch differ; a network trained
+on steps that are all alike forgets the rest.
 
 This is algorithm S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML
-2016, made synchronous; a2c_breakout.py has the same loop for Atari games.
+2016, but all environments wait for one update; a2c_breakout.py has the same loop for Atari games.
 
     python a2c_cartpole.py                                      # train, evaluate, film
     python a2c_cartpole.py --seed 7 --num-envs 16 --num-steps 10
@@ -79,7 +81,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-@dataclass
+@dataclass  # of whose fields tyro makes flags, and of the comments their help
 class Args:
     """Train an advantage actor-critic (A2C) on CartPole."""
 
@@ -95,20 +97,20 @@ class Args:
     learning_rate: float = 0.01  # step size of Adam, above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     value_loss_coef: float = 0.5  # weight of the value loss, 0 or more
-    entropy_coef: float = 0.01  # weight of the entropy bonus, 0 or more
-    max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
+    entropy_coef: float = 0.01  # weight of the entropy, 0 or more
+    max_grad_norm: float = 0.5  # norm that the gradient has at most (clipping), above 0
     average_decay: float = 0.975  # share the average keeps per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
-        rollout = self.num_envs * self.num_steps  # timesteps of an update
+        rollout_steps = self.num_envs * self.num_steps  # between two updates
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (min(self.num_envs, self.num_steps) >= 1, "--num-envs, --num-steps must be 1 or more"),
-            (rollout <= 10**7, "--num-envs * --num-steps: 10**7 at most"),
-            (rollout <= self.total_timesteps, "--total-timesteps: num_envs * num_steps or more"),
+            (rollout_steps <= 10**7, "--num-envs * --num-steps: 10**7 at most"),
+            (rollout_steps <= self.total_timesteps, f"--total-timesteps: {rollout_steps} or more"),
             (self.eval_episodes >= 1, "--eval-episodes must be 1 or more"),
             (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
             (0 < self.learning_rate < np.inf, "--learning-rate must be above 0 and finite"),
@@ -136,10 +138,10 @@ def make_env(render_mode: str | None = None) -> gym.Env:
 
 
 def book_reward(steps: np.ndarray, done: np.ndarray) -> np.ndarray:
-    """0 on the way; at the end +1 for a success, -1 for a shorter episode. All are (N,).
+    """0 on the way; at the end +1 for a success, -1 for a shorter episode: (N,), of N environments.
 
     The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: V
-    can only learn the mean. The theory (Markov decision processes) assumes a state that holds all.
+    can only learn the mean. In theory (Markov decision processes) a state holds all that matters.
     """
     return np.where(done, np.where(steps >= SUCCESS_STEPS, 1, -1), 0).astype(np.float32)
 
@@ -148,7 +150,7 @@ def book_reward(steps: np.ndarray, done: np.ndarray) -> np.ndarray:
 
 
 class ActorCritic(nn.Module):
-    """One body with two heads: the critic's values and the actor's logits (softmax: pi)."""
+    """One body with two heads: the critic's values and the actor's logits, whose softmax is pi."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -165,14 +167,14 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def act(self, states: np.ndarray) -> np.ndarray:
-        """Draws an action for each environment: (N, 4) -> (N,) int64."""
+        """Draws an action by its probability in each environment: (N, 4) -> (N,) int64."""
         _, logits = self(torch.from_numpy(states).to(self.fc1.weight.device))  # (N, 2)
         probs = logits.softmax(-1).nan_to_num(1)  # multinomial refuses NaN; learn() reports it
         return torch.multinomial(probs, num_samples=1).squeeze(-1).cpu().numpy()
 
     @torch.no_grad()
     def greedy_action(self, state: np.ndarray) -> int:
-        """Greedy: the more likely action in one state (4,)."""
+        """The more likely action in one state (4,)."""
         _, logits = self(torch.from_numpy(state).to(self.fc1.weight.device))  # (2,)
         return logits.argmax().item()
 
@@ -210,7 +212,7 @@ def compute_losses(
 
 
 def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: SummaryWriter) -> dict:
-    """Trains the network until its own episodes, random actions included, have solved the task.
+    """Trains the network until its own episodes, random actions included, solve the task, if ever.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns,
     for result.json, environment 0's last episode (from 0; None if not solved), how many it had, and
@@ -225,21 +227,21 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
     episode = -1  # of environment 0: none has ended yet
     timesteps, update, start = 0, 0, time.perf_counter()
-    limit = args.total_timesteps - args.num_envs * args.num_steps  # after it no rollout fits in
+    last_start = args.total_timesteps - args.num_envs * args.num_steps  # of a rollout that fits in
     bar = tqdm(total=args.total_timesteps, unit="timestep")
 
-    while timesteps <= limit and last_lengths.min() < SUCCESS_STEPS:
+    while timesteps <= last_start and last_lengths.min() < SUCCESS_STEPS:
         # 1. rollout: T steps in each of N environments
         rollout = []
         for _ in range(args.num_steps):
             actions = network.act(states)  # (N,)
-            next_states, ones, terminated, truncated, _ = envs.step(actions)
+            next_states, pole_rewards, terminated, truncated, _ = envs.step(actions)
             # The time limit (truncated) is an end too, as to reach it is the goal here. In most
-            # other tasks the next state still has a value then, and only `terminated` ends it.
+            # other tasks the rewards to come still count then, and only `terminated` ends them.
             dones = terminated | truncated  # (N,)
             # In the step after an end, CartPoleVectorEnv resets the pole, ignores the action and
             # rewards 0, not 1. That was no decision, and nothing may be learnt from it.
-            decided = ones > 0  # (N,)
+            decided = pole_rewards > 0  # (N,)
             rollout.append((states, actions, book_reward(envs.steps, dones), ~dones, decided))
             states = next_states
             last_lengths[dones] = envs.steps[dones]
@@ -261,8 +263,8 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
             last_values, _ = network(torch.from_numpy(states).to(device))  # (N,)
         returns = compute_returns(rewards, masks, last_values, args.gamma)
 
-        # 3. loss: over the batch of B decisions, T * N without the resets. The network runs on them
-        # again, all at once, as step 1 has kept no gradients.
+        # 3. loss: over the batch of B decisions, T * N without the resets. The network runs on
+        # the batch again, all at once, as step 1 has kept no gradients.
         value_loss, policy_loss, entropy = compute_losses(
             network, batch_states[decisions], batch_actions[decisions], returns[decisions]
         )
@@ -300,8 +302,8 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 
 
 def evaluate(network: ActorCritic, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
-    """The lengths of greedy episodes, in steps."""
-    env.reset(seed=2**32 + seed)  # no seed of training: those are below 2**32
+    """The lengths of greedy episodes, without random actions, in steps."""
+    env.reset(seed=2**33 + seed)  # a stream of its own: those of training are below 2**33
     lengths = []
     for _ in range(num_episodes):
         state, _ = env.reset()
@@ -321,7 +323,7 @@ def film(network: ActorCritic, seed: int) -> bytes:
     env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
     evaluate(network, env, seed, num_episodes=1)
     mp4 = imageio.mimwrite("<bytes>", env.render(), "mp4", fps=50, macro_block_size=2)
-    imageio.get_reader(mp4, "mp4").close()  # ffmpeg does not say if it failed
+    imageio.get_reader(mp4, "mp4").close()  # raises if ffmpeg failed: mimwrite does not
     return mp4
 
 
@@ -344,7 +346,7 @@ def train(args: Args) -> dict:
         try:
             network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
         except Exception as error:  # a damaged file can raise nearly anything
-            layer = str(error).partition("\n\t")[2].partition("\n")[0]  # a misfit
+            layer = str(error).partition("\n\t")[2].partition("\n")[0]  # that does not fit
             why = f"{args.weights} is damaged or of another network. {layer}"
             raise ValueError(f"--weights: {why}") from error
         if not all(weight.isfinite().all() for weight in network.parameters()):
@@ -385,12 +387,12 @@ def train(args: Args) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small to share
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, lambda *_: sys.exit(130))  # the weights are saved all the same
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
+    threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
     try:
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:

@@ -7,33 +7,34 @@
 # ///
 """Deep Q-Network (DQN) on CartPole: learn what each action is worth, then take the best one.
 
-In each step the agent sees a state s (where cart and pole are, and how fast), takes an action a
-(push left or right), and gets a reward r and the next state s'. The return is the sum of all the
-rewards to come, each multiplied by gamma = 0.99 once for every step until then. Q(s, a) is the
-expected return if you take action a in state s and act optimally afterwards. A network estimates
-it, and each transition (s, a, r, s') moves the estimate towards a target y, one step ahead:
+A cart is pushed so that the pole on it stays up. In each step the agent sees a state s (where cart
+and pole are, and how fast), takes an action a (push left or right), and gets a reward r and the
+next state s'. The return is the sum of all the rewards to come, one k steps ahead multiplied by
+gamma^k (gamma is 0.99): later counts less. Q(s, a), the value of a in s, is the expected return if
+you take action a in state s and act optimally afterwards. A network estimates it, and each
+transition (s, a, r, s') moves the estimate towards a target y, one step ahead:
 
     y    = r + gamma * max_a' Q(s', a')        (y = r where the episode ended)
-    loss = Huber(y - Q(s, a))                  (y is a constant: only Q(s, a) is to move)
+    loss = Huber(y - Q(s, a))                  (y is a constant, or it would move to Q(s, a))
 
 y - Q(s, a) is called the temporal-difference (TD) error. y rests on the network's own estimate for
-s', which is called bootstrapping: what an episode's end brings spreads to the states before it, a
-step at a time. Huber(d) is d^2 / 2, and |d| - 1/2 where |d| is above 1, so that no error pulls too
-hard.
+s', which is called bootstrapping: the reward at an episode's end spreads to the states before it, a
+step at a time. Huber(d) is d^2 / 2 up to |d| = 1, |d| - 1/2 beyond: no error pulls too hard.
 
-An action is the one with the highest Q (greedy) or, with probability epsilon = 0.5 / (episode + 1),
-random: less often in each episode, as Q should be better by then. This is epsilon-greedy
+The agent takes the action of the highest Q (greedy) or, with probability epsilon = 0.5 / (episode +
+1), a random one: less often in each episode, as Q should be better by then. This is epsilon-greedy
 exploration. Without it, an action that once looked worse might never be taken again, even if it is
 better.
 
 Consecutive steps resemble each other, and a network trained on them in order forgets the rest.
-Hence the replay memory: each update draws a random batch from the last 10,000 transitions. Those of
-an earlier, worse agent serve too, since y asks what the best next action is worth, not which one
-was taken. The method, Q-learning, is off-policy. (A policy is a rule that says how to act.)
+Hence the replay memory: after each step an update draws a random batch from the last 10,000
+transitions. Those of an earlier, worse agent serve too: what follows from s and a hangs on neither
+agent, and y asks what the best next action is worth, not which one was taken. So Q-learning, as
+this is called, learns from any policy (a rule that says how to act): it is off-policy.
 
 Mnih et al., "Playing Atari with Deep Reinforcement Learning", 2013 (arXiv 1312.5602), algorithm 1.
-The next script adds the target network of 2015, a copy that computes y and is renewed only now and
-then, so that y holds still, and more: diff dqn_cartpole.py ddqn_cartpole.py
+The next script adds a target network (Mnih et al., Nature, 2015), a copy that computes y and is
+renewed only now and then, so that y holds still, and more: diff dqn_cartpole.py ddqn_cartpole.py
 
     python dqn_cartpole.py                                      # train, evaluate, film
     python dqn_cartpole.py --seed 7 --learning-rate 3e-4
@@ -47,7 +48,7 @@ less. Training ends after 10 successes in a row, or 500 episodes.
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start some seeds fail: --no-zero-init
 - An average of the weights is kept, as the last update can be a bad one: --average-decay 0
-- The memory is a set of arrays, not a list of named tuples; a batch is drawn with replacement.
+- The memory is one table, not a list of named tuples; a batch is drawn with replacement.
 """
 
 import copy
@@ -75,7 +76,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-@dataclass
+@dataclass  # of whose fields tyro makes flags, and of the comments their help
 class Args:
     """Train a Deep Q-Network on CartPole."""
 
@@ -132,7 +133,7 @@ def book_reward(steps: int, done: bool) -> float:
     """0 on the way; at the end +1 for a success, -1 for a shorter episode.
 
     The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: Q
-    can only learn the mean. The theory (Markov decision processes) assumes a state that holds all.
+    can only learn the mean. In theory (Markov decision processes) a state holds all that matters.
     """
     if not done:
         return 0.0
@@ -150,7 +151,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # every value begins at 0, not at a random number
+        if zero_init:  # so all values begin at 0; the layers below do not, and it learns
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -171,7 +172,7 @@ Batch = dict[str, Tensor]  # the columns of some transitions, (batch, 4) or (bat
 
 
 class ReplayMemory:
-    """The last `capacity` transitions (s, a, r, s'), in a table with a row for each."""
+    """The last `capacity` transitions (s, a, r, s'), each a row of a structured array, a table."""
 
     def __init__(self, capacity: int, rng: np.random.Generator):
         columns = [  # name, type, shape
@@ -201,7 +202,7 @@ class ReplayMemory:
 # ---- learning ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()  # a constant
+@torch.no_grad()  # y is a constant: no gradient goes through it
 def td_targets(network: QNetwork, batch: Batch, gamma: float) -> Tensor:
     """r + gamma * max_a' Q(s', a') for each transition, and r alone at an end: (batch, 1)."""
     next_values = network(batch["next_states"]).amax(dim=1, keepdim=True)  # (batch, 1)
@@ -209,14 +210,14 @@ def td_targets(network: QNetwork, batch: Batch, gamma: float) -> Tensor:
 
 
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
-    """Trains the network until its own episodes, random actions included, have solved the task.
+    """Trains the network until its own episodes, random actions included, solve the task, if ever.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns
     the episode that solved the task (from 0, or None), and how many episodes and steps were played,
     for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    rng = np.random.default_rng([args.seed, 1])  # args.seed alone is the environment's stream
+    rng = np.random.default_rng(2**32 + args.seed)  # args.seed's stream is the environment's
     memory = ReplayMemory(args.memory_size, rng)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
     env = make_env()
@@ -233,10 +234,10 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             explore = rng.random() < epsilon
             action = int(rng.integers(2)) if explore else network.greedy_action(state)
 
-            # 2. step: see what comes of it
+            # 2. step: the reward will be the book's, not CartPole's own
             next_state, _, terminated, truncated, _ = env.step(action)
             # The time limit (truncated) is an end too, as to reach it is the goal here. In most
-            # other tasks the next state still has a value then, and only `terminated` ends it.
+            # other tasks the rewards to come still count then, and only `terminated` ends them.
             done = terminated or truncated
             steps += 1
 
@@ -248,7 +249,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             if len(memory) >= args.batch_size:
                 batch = memory.sample(args.batch_size, device)
                 targets = td_targets(network, batch, args.gamma)  # (batch, 1)
-                # Of both values, gather takes that of the action that was taken.
+                # gather picks, of both values, that of the action that was taken.
                 values = network(batch["states"]).gather(1, batch["actions"])  # (batch, 1): Q(s, a)
                 loss = F.smooth_l1_loss(values, targets)  # Huber
                 optimizer.zero_grad()
@@ -285,8 +286,8 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
 
 def evaluate(network: QNetwork, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
-    """The lengths of greedy episodes, in steps."""
-    env.reset(seed=2**32 + seed)  # no seed of training: those are below 2**32
+    """The lengths of greedy episodes, without random actions, in steps."""
+    env.reset(seed=2**33 + seed)  # a stream of its own: those of training are below 2**33
     lengths = []
     for _ in range(num_episodes):
         state, _ = env.reset()
@@ -306,7 +307,7 @@ def film(network: QNetwork, seed: int) -> bytes:
     env.unwrapped.screen = pygame.Surface((600, 400))  # drawn in memory: no display needed
     evaluate(network, env, seed, num_episodes=1)
     mp4 = imageio.mimwrite("<bytes>", env.render(), "mp4", fps=50, macro_block_size=2)
-    imageio.get_reader(mp4, "mp4").close()  # ffmpeg does not say if it failed
+    imageio.get_reader(mp4, "mp4").close()  # raises if ffmpeg failed: mimwrite does not
     return mp4
 
 
@@ -329,7 +330,7 @@ def train(args: Args) -> dict:
         try:
             network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
         except Exception as error:  # a damaged file can raise nearly anything
-            layer = str(error).partition("\n\t")[2].partition("\n")[0]  # a misfit
+            layer = str(error).partition("\n\t")[2].partition("\n")[0]  # that does not fit
             why = f"{args.weights} is damaged or of another network. {layer}"
             raise ValueError(f"--weights: {why}") from error
         if not all(weight.isfinite().all() for weight in network.parameters()):
@@ -370,12 +371,12 @@ def train(args: Args) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small to share
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, lambda *_: sys.exit(130))  # the weights are saved all the same
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
+    threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
     try:
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:

@@ -145,7 +145,7 @@ def test(network: nn.Module, loader: DataLoader) -> int:
 # ---- step 6: run -----------------------------------------------------------------
 
 
-@dataclass
+@dataclass  # of whose fields tyro makes flags, and of the comments their help
 class Args:
     """Train a small network on the handwritten digits of MNIST."""
 
@@ -342,12 +342,12 @@ def load_file(name: str, data_dir: Path) -> np.ndarray:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # these matrices are too small to share
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, lambda *_: sys.exit(130))  # the weights are saved all the same
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
+    threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
     try:
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:

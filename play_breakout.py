@@ -48,7 +48,7 @@ from torch import Tensor, nn
 PRETRAINED = Path(globals().get("__file__", "x")).resolve().parent / "pretrained/a2c_breakout.pth"
 
 
-@dataclass
+@dataclass  # of whose fields tyro makes flags, and of the comments their help
 class Args:
     """Play an Atari game with a policy of a2c_breakout.py, or at random."""
 

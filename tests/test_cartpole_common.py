@@ -100,15 +100,19 @@ def test_the_default_flags_solve_the_task(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", Q_LEARNING)
-def test_the_agent_and_the_environment_draw_from_different_streams(name, tmp_path, monkeypatch):
-    """gymnasium makes its generator as default_rng(seed) does, and draws the first state first."""
-    seeds, default_rng = [], np.random.default_rng
+def test_agent_environment_and_evaluation_have_streams_of_their_own(name, tmp_path, monkeypatch):
+    """gymnasium makes its generator of a seed as default_rng does."""
+    seeds, default_rng, reset = [], np.random.default_rng, CartPoleEnv.reset
+
+    def spied_reset(env, *, seed=None, options=None):
+        seeds.extend([seed] * (seed is not None))
+        return reset(env, seed=seed, options=options)
+
     spied = lambda seed: seeds.append(seed) or default_rng(seed)  # noqa: E731
     monkeypatch.setattr(np.random, "default_rng", spied)
+    monkeypatch.setattr(CartPoleEnv, "reset", spied_reset)
     run_once(name, tmp_path, num_episodes=1)
-    start, _ = importlib.import_module(name).make_env().reset(seed=3)
-    [seed] = seeds
-    assert not np.isclose(start, default_rng(seed).uniform(-0.05, 0.05, 4)).any()
+    assert len({default_rng(seed).random() for seed in seeds}) == len(seeds) == 3
 
 
 # ---- evaluation --------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ the entropy, highest where all actions are equally likely. It keeps the policy, 
 actions are drawn, from settling too soon: only actions that are tried (exploration) show what they
 bring. 0.5 and 0.01 weigh the terms against each other.
 
-There is no replay memory: A_t tells how good an action was if the policy goes on as it is, so steps
-of an older policy would teach the wrong thing: A2C is on-policy. In place of a memory, 32 poles,
+There is no replay memory: A_t tells how good an action was if the policy goes on as it is. Steps of
+an older policy would teach the wrong thing: A2C is on-policy. In place of a memory, 32 poles,
 soon at different points of their episodes, make the 160 steps of a batch differ; a network trained
 on steps that are all alike forgets the rest.
 

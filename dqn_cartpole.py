@@ -28,8 +28,8 @@ better.
 
 Consecutive steps resemble each other, and a network trained on them in order forgets the rest.
 Hence the replay memory: after each step an update draws a random batch from the last 10,000
-transitions. Those of an earlier, worse agent serve too: what follows from s and a hangs on neither
-agent, and y asks what the best next action is worth, not which one was taken. So Q-learning, as
+transitions. Those of an earlier, worse agent serve too: what follows from s and a is the same for
+any agent, and y asks what the best next action is worth, not which one was taken. So Q-learning, as
 this is called, learns from any policy (a rule that says how to act): it is off-policy.
 
 Mnih et al., "Playing Atari with Deep Reinforcement Learning", 2013 (arXiv 1312.5602), algorithm 1.

@@ -99,10 +99,12 @@ class Args:
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        self.seed = int(self.seed)  # NumPy's integers, too
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         self.resume = Path(os.path.expanduser(self.resume)) if self.resume else None
         if self.max_idle_steps is None:  # in Breakout the ball can fly in a loop for ever
             self.max_idle_steps = 400 if self.env_id.startswith("Breakout") else 0
+        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
             ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
@@ -112,7 +114,7 @@ class Args:
             ("average_decay sticky_actions", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
             ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
-            ("device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu (no CUDA)"),
+            ("device", lambda x: x in devices, f"{' or '.join(devices)} here"),
         ]:
             for name in names.split():
                 if not good(value := getattr(self, name)):

@@ -161,8 +161,10 @@ class Args:
     image_index: int = 2020  # the test image to classify and draw at the end, from 0 to 9999
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        self.seed = int(self.seed)  # NumPy's integers, too
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         self.data_dir = Path(os.path.expanduser(self.data_dir))
+        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (self.epochs >= 1, "--epochs must be 1 or more"),
@@ -170,7 +172,7 @@ class Args:
             (1 <= self.batch_size <= 60_000, "--batch-size must be from 1 to 60000"),
             (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
             (0 <= self.image_index < 10_000, "--image-index must be from 0 to 9999"),
-            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA here"),
+            (self.device in devices, f"--device must be {' or '.join(devices)} here"),
         ]:
             if not good:
                 raise ValueError(rule)
@@ -318,8 +320,8 @@ def load_file(name: str, data_dir: Path) -> np.ndarray:
             return unpack(path.read_bytes(), name)
         except EOFError as error:
             aside = path.with_name(f"{path.name}.{time.time_ns()}.bad")
-            print(f"{path} is {error}: it is now {aside.name}")
             path.rename(aside)
+            print(f"{path} is {error}: it is now {aside.name}")
         except ValueError as error:
             raise ValueError(f"{path} is {error}; choose another --data-dir") from None
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -344,9 +346,16 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # these matrices are too small to share
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
+    stops = []  # the times of the signals that ask to stop
+
+    def stop(*_):
+        stops.append(time.monotonic())
+        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # timeout and a closed terminal send two
+            sys.exit(130)  # the weights are saved all the same
+
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, lambda *_: sys.exit(130))  # the weights are saved all the same
+            signal.signal(number, stop)
     threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
     try:
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))

@@ -95,9 +95,11 @@ class Args:
     average_decay: float = 0.998  # share the average keeps per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+        self.seed = int(self.seed)  # NumPy's integers, too
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
+        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (self.num_episodes >= 1, "--num-episodes must be 1 or more"),
@@ -114,7 +116,7 @@ class Args:
             (0 <= self.epsilon <= 1, "--epsilon must be from 0 to 1"),
             (0 <= self.average_decay < 1, "--average-decay must be from 0 to below 1"),
             (not self.weights or self.weights.is_file(), f"--weights: no file {self.weights}"),
-            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA here"),
+            (self.device in devices, f"--device must be {' or '.join(devices)} here"),
         ]:
             if not good:
                 raise ValueError(rule)
@@ -378,10 +380,11 @@ def train(args: Args) -> dict:
     cuda = args.device != "cpu" and torch.cuda.is_available()
     network = QNetwork(args.hidden_size, args.zero_init).to("cuda" if cuda else "cpu")
     if args.weights:
+        content = io.BytesIO(args.weights.read_bytes())
         try:
-            network.load_state_dict(torch.load(args.weights, "cpu", weights_only=True))
+            network.load_state_dict(torch.load(content, "cpu", weights_only=True))
         except Exception as error:  # a damaged file can raise nearly anything
-            layer = str(error).partition("\n\t")[2].partition("\n")[0]  # that does not fit
+            layer = str(error).partition(":\n\t")[2].partition("\n")[0]  # that does not fit
             why = f"{args.weights} is damaged or of another network. {layer}"
             raise ValueError(f"--weights: {why}") from error
         if not all(weight.isfinite().all() for weight in network.parameters()):
@@ -424,9 +427,16 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small to share
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
+    stops = []  # the times of the signals that ask to stop
+
+    def stop(*_):
+        stops.append(time.monotonic())
+        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # timeout and a closed terminal send two
+            sys.exit(130)  # the weights are saved all the same
+
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, lambda *_: sys.exit(130))  # the weights are saved all the same
+            signal.signal(number, stop)
     threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
     try:
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))

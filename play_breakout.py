@@ -67,15 +67,17 @@ class Args:
 
     def __post_init__(self):  # tyro shows the message
         self.weights = Path(os.path.expanduser(self.weights))
+        self.seed = int(self.seed)  # NumPy's integers, too
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         a_policy = self.weights != PRETRAINED or self.greedy
+        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for good, rule in [
             (np.isfinite(self.target_score), "--target-score must be finite"),
             (self.max_attempts >= 1, "--max-attempts must be 1 or more"),
             (self.full_games is None or self.full_games >= 1, "--full-games must be 1 or more"),
             (0 <= self.sticky_actions < 1, "--sticky-actions must be from 0 to below 1"),
             (0 <= self.seed < 2**31, "--seed must be from 0 to 2**31 - 1"),
-            (self.device != "cuda" or torch.cuda.is_available(), "--device: there is no CUDA here"),
+            (self.device in devices, f"--device must be {' or '.join(devices)} here"),
             (not (self.random and a_policy), "--random takes no --weights and no --greedy"),
         ]:
             if not good:
@@ -353,7 +355,9 @@ def play(args: Args) -> dict:
             say("On the screen: the score, the lives that are left, the number of players.")
 
     kind = "game" if whole else "attempt"
-    start, games, interrupted = time.perf_counter(), [], False
+    versions = {module.__name__: module.__version__ for module in (ale_py, cv2, gym, np, torch)}
+    versions["python"] = sys.version.split()[0]
+    start, games, result, interrupted = time.perf_counter(), [], {}, False
     try:
         while len(games) < count and (whole or all(g.score <= args.target_score for g in games)):
             seeds = range(args.seed + len(games), args.seed + count)
@@ -362,20 +366,19 @@ def play(args: Args) -> dict:
                 for game, action in zip(playing, act(network, playing, args.greedy, device)):
                     game.step(action)
             games += batch  # whole batches: after Ctrl-C, long games count as often as short ones
+            scores = [game.score for game in games]
+            mean, std, low, high = np.mean(scores), np.std(scores), min(scores), max(scores)
+            result = {"seed": args.seed, "seconds": time.perf_counter() - start}
+            result |= {"versions": versions, "scores": scores}
+            result |= {"mean": float(mean), "std": float(std), "min": low, "max": high}
+            save(run_dir / "result.json", json.dumps(result, indent=2).encode())
             for game in batch:
                 say(f"{kind} {game.seed - args.seed + 1}: {game.score:g}")
     except KeyboardInterrupt:
         interrupted = True
-        if not games:
+        if not result:
             raise  # there is nothing to keep
-    scores = [game.score for game in games]
-    mean, std = float(np.mean(scores)), float(np.std(scores))
-    versions = {module.__name__: module.__version__ for module in (ale_py, cv2, gym, np, torch)}
-    versions["python"] = sys.version.split()[0]
-    result = {"seed": args.seed, "seconds": time.perf_counter() - start, "versions": versions}
-    result |= {"scores": scores, "mean": mean, "std": std, "min": min(scores), "max": max(scores)}
-    save(run_dir / "result.json", json.dumps(result, indent=2).encode())
-    say(f"mean {mean:.1f}, standard deviation {std:.1f}, min {min(scores):g}, max {max(scores):g}")
+    say(f"mean {mean:.1f}, standard deviation {std:.1f}, min {low:g}, max {high:g}")
     best = max(games, key=lambda game: game.score)
     say(f"filming {kind} {best.seed - args.seed + 1}; everything else is in {run_dir}")
     film(best, run_dir / "film.mp4", zoom=3)
@@ -393,9 +396,16 @@ if __name__ == "__main__":
     cv2.setNumThreads(1)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # as Ctrl-C
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
-            signal.signal(number, signal.default_int_handler)
+    stops = []  # the times of the signals that ask to stop
+
+    def stop(*_):
+        stops.append(time.monotonic())
+        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # timeout and a closed terminal send two
+            raise KeyboardInterrupt
+
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, stop)
     try:
         play(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:

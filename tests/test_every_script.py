@@ -10,6 +10,7 @@ import re
 import runpy
 import signal
 import threading
+import time
 from pathlib import Path
 from resource import RLIMIT_FSIZE
 
@@ -32,7 +33,7 @@ def run_in(folder: Path) -> tuple[Path, set[str]]:
 
 # ---- flags -------------------------------------------------------------------------------------
 
-COMMON = dict(learning_rate=[0.0, -1e-4, NAN, INF], seed=[-1, 2**32], device=["cuda"])
+COMMON = dict(learning_rate=[0.0, -1e-4, NAN, INF], seed=[-1, 2**32], device=["cuda", "cuda:0"])
 CART = COMMON | dict(gamma=[-0.1, 1.1, NAN], hidden_size=[0, 10**6], average_decay=[-0.1, 1.0, NAN],
                      eval_episodes=[0], weights=["missing.pth", Path("."), ""])  # fmt: skip
 DQN = CART | dict(num_episodes=[0, -5], batch_size=[0, 10_001], memory_size=[0, 10**12],
@@ -54,8 +55,8 @@ BAD = {
         seed=[-1, 2**31], gamma=[-0.1, 1.1, NAN], average_decay=[-0.1, 1.0], rmsprop_eps=[0.0, NAN],
         num_envs=[0, -3], num_steps=[0], total_timesteps=[79], max_idle_steps=[-1],
         sticky_actions=[-0.1, 1.0, NAN], checkpoint_every=[0]),
-    PLAY: dict(seed=[-1, 2**31], device=["cuda"], target_score=[NAN, INF], max_attempts=[0],
-               full_games=[0, -3], sticky_actions=[-0.1, 1.0, NAN]),
+    PLAY: dict(seed=[-1, 2**31], device=["cuda", "cuda:0"], target_score=[NAN, INF],
+               max_attempts=[0], full_games=[0, -3], sticky_actions=[-0.1, 1.0, NAN]),
 }  # fmt: skip
 
 
@@ -197,13 +198,23 @@ MOMENTS = [("dqn_cartpole", "INT", "episode 2:"), (A2C, "TERM", "episode 2:"),
 @pytest.mark.parametrize(("name", "signum", "words"), MOMENTS)
 def test_a_signal_ends_a_run_and_what_it_has_is_kept(name, signum, words, tmp_path):
     process = start(name, tmp_path, **LONG[name]).until(words)
-    process.send_signal(signal.Signals[f"SIG{signum}"])
+    for _ in range(5):  # a closed terminal and timeout send it twice, within milliseconds
+        process.send_signal(signal.Signals[f"SIG{signum}"])
+        time.sleep(0.002)
     assert process.wait(20) == 130 and "Traceback" not in process.stderr
     run_dir, names = run_in(tmp_path)
     assert names == KEPT[name]
     if name in CARTPOLE:
         again = start(name, tmp_path / "runs", weights=run_dir / "weight_end.pth")
         assert again.wait() == 0, again.stderr
+
+
+def test_a_kill_leaves_the_scores_so_far(tmp_path):
+    process = start(PLAY, tmp_path, max_attempts=12).until("attempt 2:")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = json.loads((run_in(tmp_path)[0] / "result.json").read_text())
+    assert len(result["scores"]) >= 2
 
 
 @pytest.mark.parametrize(

@@ -368,9 +368,8 @@ def play(args: Args) -> dict:
             games += batch  # whole batches: after Ctrl-C, long games count as often as short ones
             scores = [game.score for game in games]
             mean, std, low, high = np.mean(scores), np.std(scores), min(scores), max(scores)
-            result = {"seed": args.seed, "seconds": time.perf_counter() - start}
-            result |= {"versions": versions, "scores": scores}
-            result |= {"mean": float(mean), "std": float(std), "min": low, "max": high}
+            result = dict(seed=args.seed, seconds=time.perf_counter() - start, versions=versions)
+            result |= dict(scores=scores, mean=float(mean), std=float(std), min=low, max=high)
             save(run_dir / "result.json", json.dumps(result, indent=2).encode())
             for game in batch:
                 say(f"{kind} {game.seed - args.seed + 1}: {game.score:g}")

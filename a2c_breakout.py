@@ -99,12 +99,10 @@ class Args:
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
-        self.seed = int(self.seed)  # NumPy's integers, too
-        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
         self.resume = Path(os.path.expanduser(self.resume)) if self.resume else None
         if self.max_idle_steps is None:  # in Breakout the ball can fly in a loop for ever
             self.max_idle_steps = 400 if self.env_id.startswith("Breakout") else 0
-        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
             ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
@@ -114,7 +112,7 @@ class Args:
             ("average_decay sticky_actions", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
             ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
-            ("device", lambda x: x in devices, f"{' or '.join(devices)} here"),
+            ("device", {"auto": 1, "cpu": 1, "cuda": torch.cuda.is_available()}.get, "auto or cpu"),
         ]:
             for name in names.split():
                 if not good(value := getattr(self, name)):
@@ -659,8 +657,8 @@ if __name__ == "__main__":
     for signum in STOP_SIGNALS:
         if signum == signal.SIGINT or signal.getsignal(signum) == signal.SIG_DFL:  # not nohup's
             signal.signal(signum, request_stop)
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's errors in ours again
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
+    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     try:
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))

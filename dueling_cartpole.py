@@ -82,8 +82,7 @@ class Args:
     average_decay: float = 0.998  # share the average keeps per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
-        self.seed = int(self.seed)  # NumPy's integers, too
-        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
         devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()

@@ -161,8 +161,7 @@ class Args:
     image_index: int = 2020  # the test image to classify and draw at the end, from 0 to 9999
 
     def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
-        self.seed = int(self.seed)  # NumPy's integers, too
-        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
         self.data_dir = Path(os.path.expanduser(self.data_dir))
         devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for good, rule in [

@@ -67,8 +67,7 @@ class Args:
 
     def __post_init__(self):  # tyro shows the message
         self.weights = Path(os.path.expanduser(self.weights))
-        self.seed = int(self.seed)  # NumPy's integers, too
-        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
         a_policy = self.weights != PRETRAINED or self.greedy
         devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for good, rule in [
@@ -318,9 +317,8 @@ def film(game: Game, path: Path, zoom: int, **options) -> None:
             raise OSError("its end is missing")  # ffmpeg does not say if it failed
         part.replace(path)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        failure = f"no film: imageio or ffmpeg failed ({reason})"
-        raise OSError(f"{failure}; everything else is in {path.parent}") from error
+        why = f"imageio or ffmpeg failed: {error}".partition("\n")[0]
+        raise OSError(f"no film: {why}; everything else is in {path.parent}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -333,8 +331,7 @@ def play(args: Args) -> dict:
     whole = args.random or args.full_games is not None
     alike = args.random or (args.greedy and args.sticky_actions == 0)
     count = args.full_games or (1 if alike else args.max_attempts)
-    # 16 games at a time are faster. Attempts come one by one: the first good one ends the run.
-    num_envs = min(count, 16) if whole else 1
+    num_envs = min(count, 16) if whole else 1  # 16 at a time are faster; attempts come one by one
     envs = [make_env(args.env_id, whole, args.sticky_actions) for _ in range(num_envs)]
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     if args.random:  # no values, and the same logit for each action
@@ -393,7 +390,7 @@ def play(args: Args) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a few frames are too little work for several threads
     cv2.setNumThreads(1)
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     stops = []  # the times of the signals that ask to stop
 

@@ -72,7 +72,7 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.
 stop_requests: dict[int, float] = {}  # signals, and when they first came: see request_stop
 
 
-@dataclass  # of whose fields tyro makes flags, and of the comments their help
+@dataclass  # tyro makes flags of the fields, and help of their comments
 class Args:
     """Train A2C on an Atari game."""
 
@@ -98,7 +98,7 @@ class Args:
     resume: Path | None = None  # folder of a run to continue, or a new one to begin in
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
 
-    def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+    def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
         self.resume = Path(os.path.expanduser(self.resume)) if self.resume else None
         if self.max_idle_steps is None:  # in Breakout the ball can fly in a loop for ever
@@ -657,10 +657,10 @@ if __name__ == "__main__":
     for signum in STOP_SIGNALS:
         if signum == signal.SIGINT or signal.getsignal(signum) == signal.SIG_DFL:  # not nohup's
             signal.signal(signum, request_stop)
-    threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    try:
+    try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and WORLD_SIZE == 1:

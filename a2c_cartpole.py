@@ -14,31 +14,31 @@ network gives two answers: pi(a|s), the probability with which each action is ta
 policy (the actor), and V(s), the return to expect from state s if this policy acts (the critic).
 Five steps in 32 environments, a rollout, make one update of both, and are then forgotten:
 
-    R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended an episode; R_T = V(s_T), T = 5
+    R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended an episode; R_5 = V(s_5)
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
     loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
 R_t is an n-step return: n = 5 rewards and then V(s_5) for the first of the five steps, n = 1 for
-the last. To let V stand for what was not played is called bootstrapping; R_t, and A_t with it, is
-an estimate.
+the last. V in place of what was not played is called bootstrapping; R_t, and A_t with it, is an
+estimate.
 
-The first term makes an action that went better than expected more likely, one that went worse less.
-To lower it is, on average and as far as the estimates are right, to raise the expected return: its
-gradient is called the policy gradient. That would hold with R_t in place of A_t, but then whichever
-action was drawn in a good state would get more likely, the worse one as well; V, which is
-subtracted, is called the baseline. A_t is a constant in this term: V is trained by the second one,
-which moves it towards R_t, a constant as well (else R_t would move towards V). The third term is
-the entropy, highest where all actions are equally likely. It keeps the policy, from which the
-actions are drawn, from settling too soon: only actions that are tried (exploration) show what they
-bring. 0.5 and 0.01 weigh the terms against each other.
+The first term makes an action that went better than expected more likely, one that went worse less
+(by its logarithm, as a rare action is seldom drawn and must count for more). Lowering it raises the
+expected return, on average and as far as the estimates are right: its gradient is called the policy
+gradient. R_t in place of A_t would do so, too, but then whichever action was drawn in a good state
+would get more likely, the worse one as well; V, which is subtracted, is called the baseline. A_t is
+held fixed in this term: V is trained by the second one, which moves it towards R_t, held fixed as
+well (else R_t would move towards V). The third term is the entropy, highest where all actions are
+equally likely. It keeps the policy, from which the actions are drawn, from settling too soon: only
+actions that are tried (exploration) show what they bring. 0.5 and 0.01 are weights of the terms.
 
 There is no replay memory: A_t tells how good an action was if the policy goes on as it is. Steps of
 an older policy would teach the wrong thing: A2C is on-policy. In place of a memory, 32 poles,
 soon at different points of their episodes, make the 160 steps of a batch differ; a network trained
-on steps that are all alike forgets the rest.
+on steps that are all alike forgets all others.
 
 This is algorithm S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML
-2016, but all environments wait for one update; a2c_breakout.py has the same loop for Atari games.
+2016, but one update serves all environments; a2c_breakout.py has the same loop for Atari games.
 
     python a2c_cartpole.py                                      # train, evaluate, film
     python a2c_cartpole.py --seed 7 --num-envs 16 --num-steps 10
@@ -50,7 +50,7 @@ and at the end +1 for 196 steps or more (a success), -1 for fewer; through gamma
 less. Training ends once each environment's last episode was a success, or after 5,120,000 steps.
 
 Differs from the book (a flag, where given, brings the book's way back):
-- An average of the weights is kept, as the last update can be a bad one: --average-decay 0
+- A running average of the weights is kept, as the last update can be bad: --average-decay 0
 - All poles are simulated in one array, in which a reset takes up a step. It is not counted, and
   nothing is learnt from it.
 """
@@ -81,7 +81,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-@dataclass  # of whose fields tyro makes flags, and of the comments their help
+@dataclass  # tyro makes flags of the fields, and help of their comments
 class Args:
     """Train an advantage actor-critic (A2C) on CartPole."""
 
@@ -101,7 +101,7 @@ class Args:
     max_grad_norm: float = 0.5  # norm that the gradient has at most (clipping), above 0
     average_decay: float = 0.975  # share the average keeps per update; from 0 (the book) to below 1
 
-    def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+    def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
@@ -142,7 +142,7 @@ def book_reward(steps: np.ndarray, done: np.ndarray) -> np.ndarray:
     """0 on the way; at the end +1 for a success, -1 for a shorter episode: (N,), of N environments.
 
     The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: V
-    can only learn the mean. In theory (Markov decision processes) a state holds all that matters.
+    can only learn the mean. (Theory asks that a state hold all that matters: the Markov property.)
     """
     return np.where(done, np.where(steps >= SUCCESS_STEPS, 1, -1), 0).astype(np.float32)
 
@@ -198,7 +198,7 @@ def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: 
 def compute_losses(
     network: ActorCritic, states: Tensor, actions: Tensor, returns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value loss, policy loss and entropy, each the mean over B decisions.
+    """Value loss, policy loss and entropy, each the mean over B decisions (steps, but no resets).
 
     states (B, 4), actions (B,) int64, returns (B,) float32.
     """
@@ -216,8 +216,8 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     """Trains the network until its own episodes, random actions included, solve the task, if ever.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns,
-    for result.json, environment 0's last episode (from 0; None if not solved), how many it had, and
-    the steps of all environments. Raises ValueError when a gradient is not finite.
+    for result.json, environment 0's last episode (counted from 0; None if not solved), how many it
+    had, and the steps of all environments. Raises ValueError when a gradient is not finite.
     """
     device = network.fc1.weight.device
     envs = CartPoleVectorEnv(args.num_envs, max_episode_steps=MAX_STEPS)  # N poles in one array
@@ -228,7 +228,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
     episode = -1  # of environment 0: none has ended yet
     timesteps, update, start = 0, 0, time.perf_counter()
-    last_start = args.total_timesteps - args.num_envs * args.num_steps  # of a rollout that fits in
+    last_start = args.total_timesteps - args.num_envs * args.num_steps  # if a rollout is to fit in
     bar = tqdm(total=args.total_timesteps, unit="timestep")
 
     while timesteps <= last_start and last_lengths.min() < SUCCESS_STEPS:
@@ -273,16 +273,16 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 
         # 4. update: the gradient is clipped, so that no batch, however odd, pulls too hard
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # the gradient of the loss by each weight
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         if not grad_norm.isfinite():
             raise ValueError(f"update {update}: gradient not finite, lower --learning-rate")
-        optimizer.step()
+        optimizer.step()  # a small step against it
         # One update can spoil the policy, but hardly the moving average of the weights (Polyak
         # averaging). It is not ddqn_cartpole.py's target network: no R_t is computed with it.
         with torch.no_grad():
             for mean, weight in zip(averaged.parameters(), parameters):
-                mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way
+                mean.lerp_(weight, 1 - args.average_decay)  # a small step towards it
         update += 1
 
         # 5. log
@@ -366,7 +366,7 @@ def train(args: Args) -> dict:
             outcome = learn(args, network, averaged, writer)
             writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
     finally:  # after Ctrl-C as well
-        content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
+        content = io.BytesIO()  # on a full disk torch.save itself would raise no OSError
         torch.save(averaged.state_dict(), content)
         save(run_dir / "weight_end.pth", content.getvalue())
         print(f"The weights are in {run_dir}")
@@ -388,21 +388,21 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # this network is too small to share
+    torch.set_num_threads(1)  # this network is too small for more
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     stops = []  # the times of the signals that ask to stop
 
     def stop(*_):
         stops.append(time.monotonic())
-        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # timeout and a closed terminal send two
+        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # `timeout` and others send two at once
             sys.exit(130)  # the weights are saved all the same
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
-    try:
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
+    try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

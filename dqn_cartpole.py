@@ -15,18 +15,18 @@ you take action a in state s and act optimally afterwards. A network estimates i
 transition (s, a, r, s') moves the estimate towards a target y, one step ahead:
 
     y    = r + gamma * max_a' Q(s', a')        (y = r where the episode ended)
-    loss = Huber(y - Q(s, a))                  (y is a constant, or it would move to Q(s, a))
+    loss = Huber(y - Q(s, a))                  (y is held fixed: only Q(s, a) shall move)
 
 y - Q(s, a) is called the temporal-difference (TD) error. y rests on the network's own estimate for
 s', which is called bootstrapping: the reward at an episode's end spreads to the states before it, a
-step at a time. Huber(d) is d^2 / 2 up to |d| = 1, |d| - 1/2 beyond: no error pulls too hard.
+step at a time. Huber(d) is d^2 / 2 up to |d| = 1, |d| - 1/2 beyond: its slope is never above 1.
 
 The agent takes the action of the highest Q (greedy) or, with probability epsilon = 0.5 / (episode +
 1), a random one: less often in each episode, as Q should be better by then. This is epsilon-greedy
 exploration. Without it, an action that once looked worse might never be taken again, even if it is
 better.
 
-Consecutive steps resemble each other, and a network trained on them in order forgets the rest.
+Consecutive steps resemble each other, and a network trained on them in order forgets all others.
 Hence the replay memory: after each step an update draws a random batch from the last 10,000
 transitions. Those of an earlier, worse agent serve too: what follows from s and a is the same for
 any agent, and y asks what the best next action is worth, not which one was taken. So Q-learning, as
@@ -47,7 +47,7 @@ less. Training ends after 10 successes in a row, or 500 episodes.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start some seeds fail: --no-zero-init
-- An average of the weights is kept, as the last update can be a bad one: --average-decay 0
+- A running average of the weights is kept, as the last update can be bad: --average-decay 0
 - The memory is one table, not a list of named tuples; a batch is drawn with replacement.
 """
 
@@ -76,7 +76,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-@dataclass  # of whose fields tyro makes flags, and of the comments their help
+@dataclass  # tyro makes flags of the fields, and help of their comments
 class Args:
     """Train a Deep Q-Network on CartPole."""
 
@@ -95,7 +95,7 @@ class Args:
     zero_init: bool = True  # all values start at 0; --no-zero-init is the book's way
     average_decay: float = 0.998  # share the average keeps per update; from 0 (the book) to below 1
 
-    def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+    def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
@@ -134,7 +134,7 @@ def book_reward(steps: int, done: bool) -> float:
     """0 on the way; at the end +1 for a success, -1 for a shorter episode.
 
     The same fall brings -1 in step 195 and +1 in step 196, and the state does not hold the step: Q
-    can only learn the mean. In theory (Markov decision processes) a state holds all that matters.
+    can only learn the mean. (Theory asks that a state hold all that matters: the Markov property.)
     """
     if not done:
         return 0.0
@@ -152,7 +152,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # so all values begin at 0; the layers below do not, and it learns
+        if zero_init:  # so all values begin at 0; fc1 and fc2 do not, and fc3 learns
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -218,7 +218,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
     for result.json. Raises ValueError if the loss is not finite.
     """
     device = network.fc1.weight.device
-    rng = np.random.default_rng(2**32 + args.seed)  # args.seed's stream is the environment's
+    rng = np.random.default_rng(2**32 + args.seed)  # other numbers than the environment's
     memory = ReplayMemory(args.memory_size, rng)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
     env = make_env()
@@ -250,17 +250,17 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             if len(memory) >= args.batch_size:
                 batch = memory.sample(args.batch_size, device)
                 targets = td_targets(network, batch, args.gamma)  # (batch, 1)
-                # gather picks, of both values, that of the action that was taken.
+                # gather picks, of both values, that of the action taken.
                 values = network(batch["states"]).gather(1, batch["actions"])  # (batch, 1): Q(s, a)
                 loss = F.smooth_l1_loss(values, targets)  # Huber
                 optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                loss.backward()  # the gradient of the loss by each weight
+                optimizer.step()  # a small step against it
                 # One update can spoil the policy, but hardly the moving average of the weights
                 # (Polyak averaging). It is not a target network: no target uses it.
                 with torch.no_grad():
                     for mean, weight in zip(averaged.parameters(), network.parameters()):
-                        mean.lerp_(weight, 1 - args.average_decay)  # a small part of the way
+                        mean.lerp_(weight, 1 - args.average_decay)  # a small step towards it
 
         # 5. log, and stop if solved
         lengths.append(steps)
@@ -350,7 +350,7 @@ def train(args: Args) -> dict:
             outcome = learn(args, network, averaged, writer)
             writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
     finally:  # after Ctrl-C as well
-        content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
+        content = io.BytesIO()  # on a full disk torch.save itself would raise no OSError
         torch.save(averaged.state_dict(), content)
         save(run_dir / "weight_end.pth", content.getvalue())
         print(f"The weights are in {run_dir}")
@@ -372,21 +372,21 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # this network is too small to share
+    torch.set_num_threads(1)  # this network is too small for more
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     stops = []  # the times of the signals that ask to stop
 
     def stop(*_):
         stops.append(time.monotonic())
-        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # timeout and a closed terminal send two
+        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # `timeout` and others send two at once
             sys.exit(130)  # the weights are saved all the same
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
-    try:
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
+    try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -145,7 +145,7 @@ def test(network: nn.Module, loader: DataLoader) -> int:
 # ---- step 6: run -----------------------------------------------------------------
 
 
-@dataclass  # of whose fields tyro makes flags, and of the comments their help
+@dataclass  # tyro makes flags of the fields, and help of their comments
 class Args:
     """Train a small network on the handwritten digits of MNIST."""
 
@@ -160,7 +160,7 @@ class Args:
     hidden_size: int = 100  # units in each of the two hidden layers, from 1 to 4096
     image_index: int = 2020  # the test image to classify and draw at the end, from 0 to 9999
 
-    def __post_init__(self):  # tyro shows the message; a NaN fails every comparison
+    def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
         self.data_dir = Path(os.path.expanduser(self.data_dir))
         devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -226,7 +226,7 @@ def train(args: Args) -> dict:
         outcome = learn(args, network, train_set, test_set, writer)
         writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
     finally:  # Ctrl-C keeps what was learnt
-        content = io.BytesIO()  # onto a full disk, torch.save itself fails with another error
+        content = io.BytesIO()  # on a full disk torch.save itself would raise no OSError
         torch.save(network.state_dict(), content)
         save(run_dir / "weight_end.pth", content.getvalue())
     versions = {module.__name__: module.__version__ for module in (torch, np, cv2)}
@@ -342,21 +342,21 @@ def load_file(name: str, data_dir: Path) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # these matrices are too small to share
+    torch.set_num_threads(1)  # these matrices are too small for more
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     stops = []  # the times of the signals that ask to stop
 
     def stop(*_):
         stops.append(time.monotonic())
-        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # timeout and a closed terminal send two
+        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # `timeout` and others send two at once
             sys.exit(130)  # the weights are saved all the same
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # silent: TensorBoard raises them in ours again
-    try:
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
+    try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 PRETRAINED = Path(globals().get("__file__", "x")).resolve().parent / "pretrained/a2c_breakout.pth"
 
 
-@dataclass  # of whose fields tyro makes flags, and of the comments their help
+@dataclass  # tyro makes flags of the fields, and help of their comments
 class Args:
     """Play an Atari game with a policy of a2c_breakout.py, or at random."""
 
@@ -396,13 +396,13 @@ if __name__ == "__main__":
 
     def stop(*_):
         stops.append(time.monotonic())
-        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # timeout and a closed terminal send two
+        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # `timeout` and others send two at once
             raise KeyboardInterrupt
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    try:
+    try:  # in a notebook, argv is the kernel's
         play(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

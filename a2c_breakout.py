@@ -99,15 +99,17 @@ class Args:
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
-        self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         self.resume = Path(os.path.expanduser(self.resume)) if self.resume else None
         if self.max_idle_steps is None:  # in Breakout the ball can fly in a loop for ever
             self.max_idle_steps = 400 if self.env_id.startswith("Breakout") else 0
+        for name, kind in Args.__annotations__.items():
+            if kind in (int, float, int | None):  # a caller may give NumPy's, or whole floats
+                setattr(self, name, (float if kind is float else int)(getattr(self, name)))
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
             ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
-            ("max_idle_steps", lambda x: x >= 0, "0 or more"),
-            ("value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "0 or more"),
+            ("max_idle_steps value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "from 0"),
             ("learning_rate rmsprop_eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0"),
             ("average_decay sticky_actions", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -379,9 +381,7 @@ def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: 
     return returns
 
 
-def compute_losses(
-    network: ActorCritic, observations: Tensor, actions: Tensor, returns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def compute_losses(network, observations, actions, returns) -> tuple[Tensor, Tensor, Tensor]:
     """Value loss, policy loss and entropy, each the mean over B transitions.
 
     observations (B, 4, 84, 84) uint8, actions (B,) int64, returns (B,) float32.
@@ -497,6 +497,8 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
         raise
     finally:
         save(run_dir / "weight_end.pth", averaged.state_dict())
+    if RANK == 0:
+        writer.close()  # not after an error, which may have left it with a lock: it would hang
     return progress
 
 
@@ -562,7 +564,7 @@ def save(path: Path, content: Any) -> None:
 
 def read_run(args: Args) -> tuple[Args, dict[str, Any]]:
     """Flags and checkpoint of the run that goes on; the flags as given and {} where one begins."""
-    if not args.resume or not (args.resume / "args.json").exists():
+    if not args.resume or not [*args.resume.glob("*.json"), *args.resume.glob("*.pth")]:
         return args, {}
     here, checkpoint = {"resume": args.resume, "runs_dir": args.runs_dir}, {}
     try:
@@ -608,7 +610,7 @@ def train(args: Args) -> dict[str, Any]:
     try:
         network = ActorCritic(num_actions).share_memory()
         storage = RolloutStorage(args.num_steps, args.num_envs // WORLD_SIZE)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError("--num-envs, --num-steps: not enough shared memory") from None
     name = f"a2c_breakout__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = args.resume or args.runs_dir / name
@@ -641,13 +643,13 @@ def train(args: Args) -> dict[str, Any]:
     unfinished = args.total_timesteps - progress["timesteps"] >= args.num_envs * args.num_steps
     hint = f"; go on with --resume {run_dir}" if unfinished else ""
     say(f"{progress['timesteps']} timesteps are done{hint}. Everything is in {run_dir}")
-    say(f"Watch it: python play_breakout.py --weights {run_dir / 'weight_end.pth'}")
+    flags = f"--env-id {args.env_id} --weights {run_dir / 'weight_end.pth'}"
+    say(f"Watch it: python play_breakout.py {flags}")
     return result
 
 
 def request_stop(signum: int, _) -> None:
-    """Has learn stop after its update; again, it ends the workers, one of which may hang."""
-    # Within a second it is the same request: timeout and torchrun send a signal twice.
+    """Has learn stop after its update; again, over a second later, it ends hanging workers."""
     if time.monotonic() > stop_requests.setdefault(signum, time.monotonic()) + 1:
         for process in torch.multiprocessing.active_children():
             process.kill()
@@ -662,9 +664,7 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and WORLD_SIZE == 1:
-            raise  # a fault of this program; with several ranks, another one has gone
+    except (ValueError, OSError, *[RuntimeError] * (WORLD_SIZE > 1)) as error:  # a rank has gone
         sys.exit(f"error: {error}" if WORLD_SIZE == 1 else f"error: rank {RANK}: {error}")
     if stop_requests and signal.SIGINT not in stop_requests:
         sys.exit(128 + min(stop_requests))

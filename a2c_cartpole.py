@@ -102,7 +102,10 @@ class Args:
     average_decay: float = 0.975  # share the average keeps per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
-        self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
+        for name, kind in Args.__annotations__.items():
+            if kind in (int, float):  # a caller may give NumPy's, or whole floats such as 1e4
+                setattr(self, name, kind(getattr(self, name)))
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
         rollout_steps = self.num_envs * self.num_steps  # between two updates
@@ -195,9 +198,7 @@ def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: 
     return returns
 
 
-def compute_losses(
-    network: ActorCritic, states: Tensor, actions: Tensor, returns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def compute_losses(network, states, actions, returns) -> tuple[Tensor, Tensor, Tensor]:
     """Value loss, policy loss and entropy, each the mean over B decisions (steps, but no resets).
 
     states (B, 4), actions (B,) int64, returns (B,) float32.
@@ -391,12 +392,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small for more
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    stops = []  # the times of the signals that ask to stop
 
-    def stop(*_):
-        stops.append(time.monotonic())
-        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # `timeout` and others send two at once
-            sys.exit(130)  # the weights are saved all the same
+    def stop(number, _):
+        signal.signal(number, lambda *_: None)  # `timeout` and others send it twice
+        sys.exit(130)  # the weights are saved all the same
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored

@@ -96,13 +96,16 @@ class Args:
     average_decay: float = 0.998  # share the average keeps per update; from 0 (the book) to below 1
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
-        self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
+        for name, kind in Args.__annotations__.items():
+            if kind in (int, float):  # a caller may give NumPy's, or whole floats such as 1e4
+                setattr(self, name, kind(getattr(self, name)))
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
         devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
-            (self.num_episodes >= 1, "--num-episodes must be 1 or more"),
+            (1 <= self.num_episodes <= 10**9, "--num-episodes must be from 1 to 10**9"),
             (self.eval_episodes >= 1, "--eval-episodes must be 1 or more"),
             (1 <= self.memory_size <= 10**7, "--memory-size must be from 1 to 10 million"),
             (1 <= self.batch_size <= self.memory_size, "--batch-size must be 1 to --memory-size"),
@@ -375,12 +378,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small for more
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    stops = []  # the times of the signals that ask to stop
 
-    def stop(*_):
-        stops.append(time.monotonic())
-        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # `timeout` and others send two at once
-            sys.exit(130)  # the weights are saved all the same
+    def stop(number, _):
+        signal.signal(number, lambda *_: None)  # `timeout` and others send it twice
+        sys.exit(130)  # the weights are saved all the same
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored

@@ -161,7 +161,10 @@ class Args:
     image_index: int = 2020  # the test image to classify and draw at the end, from 0 to 9999
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
-        self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
+        for name, kind in Args.__annotations__.items():
+            if kind in (int, float):  # a caller may give NumPy's, or whole floats such as 1e4
+                setattr(self, name, kind(getattr(self, name)))
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         self.data_dir = Path(os.path.expanduser(self.data_dir))
         devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for good, rule in [
@@ -201,7 +204,7 @@ def learn(args: Args, network: nn.Module, train_set, test_set, writer: SummaryWr
 
 def save(path: Path, content: bytes) -> None:
     """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
         part.replace(path)
@@ -345,12 +348,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # these matrices are too small for more
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    stops = []  # the times of the signals that ask to stop
 
-    def stop(*_):
-        stops.append(time.monotonic())
-        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # `timeout` and others send two at once
-            sys.exit(130)  # the weights are saved all the same
+    def stop(number, _):
+        signal.signal(number, lambda *_: None)  # `timeout` and others send it twice
+        sys.exit(130)  # the weights are saved all the same
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored

@@ -65,7 +65,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
 
-    def __post_init__(self):  # tyro shows the message
+    def __post_init__(self):  # tyro shows the error
         self.weights = Path(os.path.expanduser(self.weights))
         self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
         a_policy = self.weights != PRETRAINED or self.greedy

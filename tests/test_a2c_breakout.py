@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from launch import Process, gone
 from short_runs import curves
 from torch.utils.tensorboard import SummaryWriter
@@ -232,6 +233,13 @@ def test_the_line_of_output(capsys, tmp_path):
     )
 
 
+def test_the_last_line_of_output_is_a_command_that_plays_the_game(tmp_path, capsys):
+    train(tmp_path, env_id=PONG)
+    flags = capsys.readouterr().out.splitlines()[-1].partition("play_breakout.py")[2].split()
+    args = tyro.cli(play_breakout.Args, args=flags)
+    play_breakout.load_network(args.weights, play_breakout.make_env(args.env_id, True))
+
+
 def test_on_a_gpu_the_workers_get_every_update(tmp_path, pretend_a_gpu, monkeypatch):
     """By the same lines; but what is sent to the GPU here stays where it is."""
     weights = train(tmp_path / "cpu", average_decay=0)
@@ -318,7 +326,8 @@ def test_idle_games_end_in_breakout_only_unless_one_says_so():
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [({"num_envs": 10**9, "total_timesteps": 10**11}, "--num-envs.*not enough shared memory"),
+    [*[({"num_envs": n, "total_timesteps": 10 * n}, "--num-envs.*not enough shared memory")
+       for n in (10**9, 10**19)],
      *[({"env_id": name}, "--env-id.*not a game of")
        for name in ("NoSuchNoFrameskip-v4", "CartPole-v1", "ALE/Breakout-v5", "")]],
 )  # fmt: skip

@@ -292,3 +292,8 @@ def test_a_damaged_or_foreign_run_is_refused_and_kept(copied, monkeypatch):
             a2c.train(a2c.Args(resume=copied))
         assert files(copied) == everything  # and no file it_ran
         path.write_bytes(before)
+    args.unlink()
+    everything = files(copied)
+    with pytest.raises(ValueError, match=f"^{args} is damaged.*No such file"):
+        a2c.train(a2c.Args(resume=copied))
+    assert files(copied) == everything  # no new run was begun over the checkpoint

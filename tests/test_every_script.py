@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from resource import RLIMIT_FSIZE
 
+import numpy as np
 import pytest
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
@@ -36,7 +37,7 @@ def run_in(folder: Path) -> tuple[Path, set[str]]:
 COMMON = dict(learning_rate=[0.0, -1e-4, NAN, INF], seed=[-1, 2**32], device=["cuda", "cuda:0"])
 CART = COMMON | dict(gamma=[-0.1, 1.1, NAN], hidden_size=[0, 10**6], average_decay=[-0.1, 1.0, NAN],
                      eval_episodes=[0], weights=["missing.pth", Path("."), ""])  # fmt: skip
-DQN = CART | dict(num_episodes=[0, -5], batch_size=[0, 10_001], memory_size=[0, 10**12],
+DQN = CART | dict(num_episodes=[0, -5, 10**19], batch_size=[0, 10_001], memory_size=[0, 10**12],
                   epsilon=[-0.1, 1.1, NAN])  # fmt: skip
 DDQN = DQN | dict(target_interval=[0])
 A2C_COEFFICIENTS = dict(value_loss_coef=[-1.0, NAN], entropy_coef=[-1.0, NAN, INF],
@@ -98,6 +99,16 @@ def test_paths_may_be_strings_and_begin_with_a_tilde_and_args_come_back_from_jso
     args = Args(**dict.fromkeys(paths, "~/it"))
     assert "runs_dir" in paths and {getattr(args, path) for path in paths} == {tmp_path / "it"}
     assert Args(**json.loads(json.dumps(vars(args), default=str))) == args
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != PLAY])
+def test_numbers_may_be_numpys_or_whole_floats(name):
+    """Kept as they are, they would make a checkpoint that torch.load refuses."""
+    Args = importlib.import_module(name).Args
+    numbers = {name: value for name, value in vars(Args()).items() if type(value) in (int, float)}
+    args = vars(Args(**{name: np.float64(value) for name, value in numbers.items()}))
+    assert numbers.items() <= args.items() and len(numbers) > 5
+    assert all(type(args[name]) is type(value) for name, value in numbers.items())
 
 
 # ---- a run -------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class Args:
     total_timesteps: int = 10_000_000  # decisions in all environments, num_envs * num_steps or more
     learning_rate: float = 7e-4  # learning rate of RMSprop, above 0
     anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
-    rmsprop_eps: float = 1e-5  # term in RMSprop's denominator, above 0
+    rmsprop_eps: float = 1e-5  # added to RMSprop's root, in the paper inside it; above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
     # Cut a game after so many decisions without a reward, 0: never; by default Breakout after 400.

@@ -429,10 +429,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small for more
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
+    stopping = threading.Lock()
 
-    def stop(number, _):
-        signal.signal(number, lambda *_: None)  # `timeout` and others send it twice
-        sys.exit(130)  # the weights are saved all the same
+    def stop(*_):
+        if stopping.acquire(blocking=False):  # the first: `timeout` and others send two
+            sys.exit(130)  # the weights are saved all the same
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored

@@ -209,8 +209,8 @@ MOMENTS = [("dqn_cartpole", "INT", "episode 2:"), (A2C, "TERM", "episode 2:"),
 @pytest.mark.parametrize(("name", "signum", "words"), MOMENTS)
 def test_a_signal_ends_a_run_and_what_it_has_is_kept(name, signum, words, tmp_path):
     process = start(name, tmp_path, **LONG[name]).until(words)
-    for _ in range(5):  # a closed terminal and timeout send it twice, within milliseconds
-        process.send_signal(signal.Signals[f"SIG{signum}"])
+    for each in [signum, signum, "TERM", "HUP", signum]:  # as a closed terminal or a logout does
+        process.send_signal(signal.Signals[f"SIG{each}"])
         time.sleep(0.002)
     assert process.wait(20) == 130 and "Traceback" not in process.stderr
     run_dir, names = run_in(tmp_path)

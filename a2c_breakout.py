@@ -28,12 +28,12 @@ synchronous; frames and network of Mnih et al., Nature 518, 2015, Methods.
     python a2c_breakout.py --resume runs/a2c_breakout__1__...    # goes on, bit for bit on a CPU
     torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64    # several processes (or machines)
 
-A timestep is one decision in one game, four frames; to the learner a life is an episode. Read
-compute_returns, compute_losses and learn() first, then wrappers and work(); the rest is the run.
+A timestep is one decision in one game, four frames; to the agent a life is an episode. Read first
+compute_returns, compute_losses and learn(), then wrappers, network and work(); the rest is the run.
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in flags. The book's are
 --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
-and screens turn gray before, not after, the maximum of two is taken. docs/breakout.md says why.
+and in the book screens turn gray after the maximum of two is taken. docs/breakout.md says why.
 """
 
 import copy
@@ -104,7 +104,7 @@ class Args:
         if self.max_idle_steps is None:  # in Breakout the ball can fly in a loop for ever
             self.max_idle_steps = 400 if self.env_id.startswith("Breakout") else 0
         for name, kind in Args.__annotations__.items():
-            if kind in (int, float, int | None):  # a caller may give NumPy's, or whole floats
+            if kind in (int, float, int | None):  # a caller may give np.int64(8), or 8.0
                 setattr(self, name, (float if kind is float else int)(getattr(self, name)))
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
@@ -243,14 +243,14 @@ def make_env(env_id: str, max_idle_steps: int = 0, sticky_actions: float = 0.0) 
 
 
 def get_state(env: gym.Env) -> tuple:
-    """All that the future of an environment depends on, as torch.load takes it."""
+    """All that the future of an environment depends on, in types that torch.load takes."""
     emulator, generator = env.unwrapped.ale, env.unwrapped.np_random.bit_generator
     game, frames = env.get_wrapper_attr("game"), env.frames.tobytes()
     return game, frames, emulator.cloneSystemState().serialize(), generator.state
 
 
 def set_state(env: gym.Env, state: tuple) -> None:
-    """Puts all that back, after a reset: in Qbert a fresh emulator would go on differently."""
+    """Puts all that back, after a reset (without one, Qbert would go on differently)."""
     game, frames, emulator, env.unwrapped.np_random.bit_generator.state = state
     env.get_wrapper_attr("game").update(game)
     env.frames[:] = np.frombuffer(frames, np.uint8).reshape(4, 84, 84)
@@ -307,7 +307,7 @@ class RolloutStorage:
 
 @torch.no_grad()
 def work(pipe, learners_end, args: Args, network: ActorCritic, storage, share: slice, states: list):
-    """A worker process: plays T steps in its share of the environments, n, for each update."""
+    """A worker process: for each update, T steps in its share of the environments, n of them."""
     learners_end.close()  # our copy: while one is open, recv() never sees that the learner is dead
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # it is the learner that is asked to stop
@@ -347,7 +347,7 @@ def work(pipe, learners_end, args: Args, network: ActorCritic, storage, share: s
                         timestep = (update * args.num_steps + t) * args.num_envs + first + i + 1
                         games.append((timestep, *info["game"]))
                     observations[t + 1, i] = torch.from_numpy(frames)
-            pipe.send((games, [get_state(env) for env in envs]))  # so that an error loses nothing
+            pipe.send((games, [get_state(env) for env in envs]))  # saved even after an error
 
 
 def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage, states: list) -> list:
@@ -413,7 +413,7 @@ def gather(values: list) -> list:
 
 def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict) -> dict[str, Any]:
     """Trains until the end or a stop request, logs and saves; returns how far the run has come."""
-    # The workers play with the network. On a CPU it is the learner, too; on CUDA a copy of it is.
+    # The workers play with the network. On a CPU it also learns; on CUDA a copy of it does.
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{RANK % torch.cuda.device_count()}" if on_cuda else "cpu"
     learner = copy.deepcopy(network).to(device) if on_cuda else network
@@ -433,7 +433,7 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
 
     try:
         for update in range(progress["timesteps"] // batch, num_updates):
-            if update % max(1000, num_updates // 10) == 0:  # a tenth of the run
+            if update % max(1000, num_updates // 10) == 0:  # a tenth of a long run
                 save(run_dir / f"weight_{update}.pth", averaged.state_dict())
             rate = args.learning_rate * (1 - update / num_updates if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = rate
@@ -444,7 +444,7 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             for pipe in workers:
                 pipe.send(update)
             games, states = (sum(x, []) for x in zip(*[pipe.recv() for pipe in workers]))
-            start = start or time.perf_counter() - progress["seconds"]  # they play by now
+            start = start or time.perf_counter() - progress["seconds"]  # without the start-up
 
             # 2. returns: (T, N)
             with torch.no_grad():
@@ -470,9 +470,9 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             if not grad_norm.isfinite():
                 raise ValueError(f"update {update}: gradient not finite: lower --learning-rate")
             optimizer.step()
-            # An average for play; no target uses it. Every tenth is enough: the others are alike.
+            # The average is for play, as one update can be a bad one. Every tenth is enough.
             if update % 10 == 0 or args.average_decay == 0:
-                decay = min(args.average_decay, update / (update + 100))  # faster at first
+                decay = min(args.average_decay, update / (update + 100))  # at first a short average
                 with torch.no_grad():
                     for mean, weight in zip(averaged.parameters(), parameters):
                         mean.lerp_(weight.cpu(), 1 - decay)
@@ -566,7 +566,7 @@ def read_run(args: Args) -> tuple[Args, dict[str, Any]]:
     """Flags and checkpoint of the run that goes on; the flags as given and {} where one begins."""
     if not args.resume or not [*args.resume.glob("*.json"), *args.resume.glob("*.pth")]:
         return args, {}
-    here, checkpoint = {"resume": args.resume, "runs_dir": args.runs_dir}, {}
+    here, checkpoint = {x: getattr(args, x) for x in ("resume", "runs_dir", "device")}, {}
     try:
         saved = Args(**json.loads((path := args.resume / "args.json").read_text()) | here)
         if (path := args.resume / "checkpoint.pth").exists():
@@ -575,8 +575,9 @@ def read_run(args: Args) -> tuple[Args, dict[str, Any]]:
                 raise ValueError("it is another run's")
     except Exception as error:  # damage makes torch.load raise nearly anything
         raise ValueError(f"{path} is damaged, or of another version: {error!r:.80}") from None
-    for name, value in asdict(args).items():  # a flag at its default counts as not given
-        if value not in (has := getattr(saved, name), getattr(Args(**here), name)):
+    defaults = Args(**here), Args(saved.env_id, **here)  # a flag at its default was not given
+    for name, value in asdict(args).items():
+        if value not in (has := getattr(saved, name), *(getattr(x, name) for x in defaults)):
             raise ValueError(f"--{name.replace('_', '-')}: {args.resume} has {has}, not {value}")
     return saved, checkpoint
 
@@ -643,8 +644,7 @@ def train(args: Args) -> dict[str, Any]:
     unfinished = args.total_timesteps - progress["timesteps"] >= args.num_envs * args.num_steps
     hint = f"; go on with --resume {run_dir}" if unfinished else ""
     say(f"{progress['timesteps']} timesteps are done{hint}. Everything is in {run_dir}")
-    flags = f"--env-id {args.env_id} --weights {run_dir / 'weight_end.pth'}"
-    say(f"Watch it: python play_breakout.py {flags}")
+    say(f"Watch: python play_breakout.py --env-id {args.env_id} --weights {run_dir}/weight_end.pth")
     return result
 
 

@@ -7,15 +7,15 @@
 # ///
 """Plays Atari Breakout with a policy that a2c_breakout.py has learnt, scores it, and films it.
 
-    python play_breakout.py                     # life after life, until one scores over 400
+    python play_breakout.py                     # single lives, until one scores over 400
     python play_breakout.py --weights runs/a2c_breakout__1__.../weight_end.pth --max-attempts 5
     python play_breakout.py --gif               # film.gif as well
     python play_breakout.py --full-games 100    # whole games: the score that others publish
     python play_breakout.py --random            # needs no policy: a first look at the game
 
 An attempt is one life, with all bricks in place and no no-ops at its start. A whole game is five
-lives, as in training: 1 to 30 no-ops, then, after each lost life, the same bricks, one more no-op
-and an empty frame stack; it scores their sum. It is cut after 18 minutes, in other games 30.
+lives, as in training: no-ops for 1 to 30 frames; after each lost life the same bricks, a no-op of
+four and an empty frame stack. It scores their sum, and is cut after 18 minutes (other games: 30).
 
 Each run leaves args.json, result.json and film.mp4 in runs/play_breakout__<seed>__<time>/. The film
 shows the best attempt or game, the screen after each decision, at the speed of the game itself.
@@ -329,8 +329,8 @@ def play(args: Args) -> dict:
     After Ctrl-C the batches that are over are kept and filmed, and KeyboardInterrupt is raised.
     """
     whole = args.random or args.full_games is not None
-    alike = args.random or (args.greedy and args.sticky_actions == 0)
-    count = args.full_games or (1 if alike else args.max_attempts)
+    once = args.random or (args.greedy and args.sticky_actions == 0)  # the others would be alike
+    count = args.full_games or (1 if once else args.max_attempts)
     num_envs = min(count, 16) if whole else 1  # 16 at a time are faster; attempts come one by one
     envs = [make_env(args.env_id, whole, args.sticky_actions) for _ in range(num_envs)]
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -67,7 +67,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 # torchrun starts this file once for each rank and says so here; started by hand, it is rank 0 of 1.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK") or 0) % (WORLD_SIZE := int(os.environ.get("WORLD_SIZE") or 1))
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 stop_requests: dict[int, float] = {}  # signals, and when they first came: see request_stop
 
@@ -87,8 +87,7 @@ class Args:
     rmsprop_eps: float = 1e-5  # added to RMSprop's root, in the paper inside it; above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
-    # Cut a game after so many decisions without a reward, 0: never; by default Breakout after 400.
-    max_idle_steps: int | None = None
+    max_idle_steps: int | None = None  # steps without reward until a cut; 0: never, Breakout: 400
     sticky_actions: float = 0.0  # chance that the last action goes on (Machado et al. 2018: 0.25)
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
     entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
@@ -104,13 +103,13 @@ class Args:
         if self.max_idle_steps is None:  # in Breakout the ball can fly in a loop for ever
             self.max_idle_steps = 400 if self.env_id.startswith("Breakout") else 0
         for name, kind in Args.__annotations__.items():
-            if kind in (int, float, int | None):  # a caller may give np.int64(8), or 8.0
-                setattr(self, name, (float if kind is float else int)(getattr(self, name)))
+            if kind in (bool, int, float, int | None):  # a caller may give np.int64(8), or 8.0
+                setattr(self, name, {bool: bool, float: float}.get(kind, int)(getattr(self, name)))
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
             ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
             ("max_idle_steps value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "from 0"),
-            ("learning_rate rmsprop_eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0"),
+            ("learning_rate rmsprop_eps max_grad_norm", lambda x: 1e-30 < x < math.inf, "above 0"),
             ("average_decay sticky_actions", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
             ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
@@ -141,20 +140,23 @@ class MaxAndSkip(gym.Wrapper):
     The screens are those of gymnasium.wrappers.AtariPreprocessing, bit for bit.
     """
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, sticky_actions: float = 0.0):
         super().__init__(env)
+        self.sticky_actions = sticky_actions
         self.screens = np.zeros((2, *self.unwrapped.ale.getScreenDims()), np.uint8)
 
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         self.unwrapped.ale.getScreenGrayscale(self.screens[0])
-        self.screens[1] = 0
+        self.screens[1] = self.last_action = 0
         return self.screens[0], info
 
     def step(self, action):
         total_reward = 0.0
         for frame in range(4):
-            _, reward, terminated, truncated, info = self.env.step(action)
+            if self.sticky_actions == 0 or self.np_random.random() >= self.sticky_actions:
+                self.last_action = action  # else the one before goes on
+            _, reward, terminated, truncated, info = self.env.step(self.last_action)
             total_reward += reward
             if terminated or truncated:
                 break
@@ -208,15 +210,12 @@ class Warp(gym.ObservationWrapper):
 
 
 class FrameStack(gym.ObservationWrapper):
-    """Shows the last four frames, (4, 84, 84) uint8, the newest last: a single one shows no motion.
-
-    The array is the same at every step: copy it if you keep it.
-    """
+    """Shows the last four frames, (4, 84, 84) uint8, newest last; the array is always the same."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-        self.frames = np.zeros((4, 84, 84), np.uint8)
+        self.frames = np.zeros((4, 84, 84), np.uint8)  # a single one would show no motion
 
     def reset(self, **kwargs):
         self.frames[:] = 0  # nothing of the life before
@@ -236,23 +235,23 @@ def make_env(env_id: str, max_idle_steps: int = 0, sticky_actions: float = 0.0) 
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
     # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
     frames = 65_536 if env_id.startswith("Breakout") else 108_000
-    options = {"max_num_frames_per_episode": frames, "repeat_action_probability": sticky_actions}
     # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
-    game = gym.make(env_id, obs_type="ram", **options).unwrapped
-    return FrameStack(Warp(EpisodicLife(MaxAndSkip(NoopReset(game)), max_idle_steps)))
+    game = NoopReset(gym.make(env_id, obs_type="ram", max_num_frames_per_episode=frames).unwrapped)
+    return FrameStack(Warp(EpisodicLife(MaxAndSkip(game, sticky_actions), max_idle_steps)))
 
 
 def get_state(env: gym.Env) -> tuple:
     """All that the future of an environment depends on, in types that torch.load takes."""
+    game = env.get_wrapper_attr("game") | {"last_action": int(env.get_wrapper_attr("last_action"))}
     emulator, generator = env.unwrapped.ale, env.unwrapped.np_random.bit_generator
-    game, frames = env.get_wrapper_attr("game"), env.frames.tobytes()
-    return game, frames, emulator.cloneSystemState().serialize(), generator.state
+    return game, env.frames.tobytes(), emulator.cloneSystemState().serialize(), generator.state
 
 
 def set_state(env: gym.Env, state: tuple) -> None:
     """Puts all that back, after a reset (without one, Qbert would go on differently)."""
     game, frames, emulator, env.unwrapped.np_random.bit_generator.state = state
     env.get_wrapper_attr("game").update(game)
+    env.set_wrapper_attr("last_action", game.get("last_action", 0))
     env.frames[:] = np.frombuffer(frames, np.uint8).reshape(4, 84, 84)
     env.unwrapped.ale.restoreSystemState(ale_py.ALEState(emulator))
 
@@ -399,8 +398,7 @@ def compute_losses(network, observations, actions, returns) -> tuple[Tensor, Ten
 def average_over_ranks(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its mean over all ranks of torchrun."""
     for tensor in tensors if WORLD_SIZE > 1 else ():
-        dist.all_reduce(tensor)
-        tensor /= WORLD_SIZE
+        dist.all_reduce(tensor.div_(WORLD_SIZE))
 
 
 def gather(values: list) -> list:
@@ -473,9 +471,8 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             # The average is for play, as one update can be a bad one. Every tenth is enough.
             if update % 10 == 0 or args.average_decay == 0:
                 decay = min(args.average_decay, update / (update + 100))  # at first a short average
-                with torch.no_grad():
-                    for mean, weight in zip(averaged.parameters(), parameters):
-                        mean.lerp_(weight.cpu(), 1 - decay)
+                for mean, weight in zip(averaged.parameters(), parameters):
+                    mean.lerp_(weight.detach().cpu(), 1 - decay)
 
             # 5. log, and save now and then
             parts["envs"] = states
@@ -633,10 +630,13 @@ def train(args: Args) -> dict[str, Any]:
         say(f"{network}\n{args.env_id}: {goes_on or 'begins'} in {run_dir}")
         progress = learn(args, network, storage, workers, run_dir, checkpoint)
     except (EOFError, ConnectionError):
-        raise OSError(f"a worker process died; go on with --resume {run_dir}") from None
+        where = f"--resume {run_dir}" if RANK == 0 else "rank 0's folder"
+        raise OSError(f"a worker process died; go on with {where}") from None
     finally:
         for pipe in workers:
             pipe.close()  # its worker ends
+        if RANK == 0:
+            lock.close()
     versions = {module.__name__: module.__version__ for module in (ale_py, cv2, gym, np, torch)}
     versions["python"] = sys.version.split()[0]
     result = {"seed": args.seed, "versions": versions, **progress}

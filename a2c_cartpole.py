@@ -103,7 +103,7 @@ class Args:
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         for name, kind in Args.__annotations__.items():
-            if kind in (int, float):  # a caller may give NumPy's, or whole floats such as 1e4
+            if kind in (bool, int, float):  # a caller may give NumPy's, or whole floats such as 1e4
                 setattr(self, name, kind(getattr(self, name)))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
@@ -230,7 +230,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     episode = -1  # of environment 0: none has ended yet
     timesteps, update, start = 0, 0, time.perf_counter()
     last_start = args.total_timesteps - args.num_envs * args.num_steps  # if a rollout is to fit in
-    bar = tqdm(total=args.total_timesteps, unit="timestep")
+    bar = tqdm(total=args.total_timesteps, unit="timestep", disable=not sys.stderr)
 
     while timesteps <= last_start and last_lengths.min() < SUCCESS_STEPS:
         # 1. rollout: T steps in each of N environments

@@ -88,7 +88,7 @@ class Args:
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         for name, kind in Args.__annotations__.items():
-            if kind in (int, float):  # a caller may give NumPy's, or whole floats such as 1e4
+            if kind in (bool, int, float):  # a caller may give NumPy's, or whole floats such as 1e4
                 setattr(self, name, kind(getattr(self, name)))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
@@ -223,7 +223,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
     lengths: deque[int] = deque(maxlen=SUCCESSES_TO_SOLVE)  # of the last episodes, in steps
     total_steps, start = 0, time.perf_counter()
 
-    for episode in tqdm(range(args.num_episodes), unit="episode"):
+    for episode in tqdm(range(args.num_episodes), unit="episode", disable=not sys.stderr):
         epsilon = args.epsilon / (episode + 1)
         state, _ = env.reset()
         steps, done = 0, False

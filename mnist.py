@@ -117,7 +117,8 @@ def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam
 
 def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, epoch: int) -> None:
     """Trains for one epoch; raises ValueError if the loss is not finite at its end."""
-    for index, (images, labels) in enumerate(tqdm(loader, f"epoch {epoch}", unit="batch")):
+    bar = tqdm(loader, f"epoch {epoch}", unit="batch", disable=not sys.stderr)
+    for index, (images, labels) in enumerate(bar):
         scores = network(images)  # (batch, 784) -> (batch, 10)
         loss = loss_function(scores, labels)  # (), the mean over the batch
 
@@ -162,7 +163,7 @@ class Args:
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         for name, kind in Args.__annotations__.items():
-            if kind in (int, float):  # a caller may give NumPy's, or whole floats such as 1e4
+            if kind in (bool, int, float):  # a caller may give NumPy's, or whole floats such as 1e4
                 setattr(self, name, kind(getattr(self, name)))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         self.data_dir = Path(os.path.expanduser(self.data_dir))
@@ -332,7 +333,8 @@ def load_file(name: str, data_dir: Path) -> np.ndarray:
         print(f"downloading {mirror}{packed.name}")
         try:
             with urlopen(mirror + packed.name, timeout=TIMEOUT) as response:
-                with tqdm.wrapattr(response, "read", total=response.length) as body:
+                bar = {"total": response.length, "disable": not sys.stderr}
+                with tqdm.wrapattr(response, "read", **bar) as body:
                     content = b"".join(iter(lambda: body.read(2**16), b""))
             array = unpack(content, name)
         except (OSError, HTTPException, EOFError, ValueError) as error:

@@ -17,8 +17,7 @@ An attempt is one life, with all bricks in place and no no-ops at its start. A w
 lives, as in training: no-ops for 1 to 30 frames; after each lost life the same bricks, a no-op of
 four and an empty frame stack. It scores their sum, and is cut after 18 minutes (other games: 30).
 
-Each run leaves args.json, result.json and film.mp4 in runs/play_breakout__<seed>__<time>/. The film
-shows the best attempt or game, the screen after each decision, at the speed of the game itself.
+Each run leaves args.json, result.json and film.mp4, of the best attempt or game, in its own folder.
 
 Environment and network are those of a2c_breakout.py, repeated so that this file runs alone. The
 weights of the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) play as well.
@@ -67,7 +66,8 @@ class Args:
 
     def __post_init__(self):  # tyro shows the error
         self.weights = Path(os.path.expanduser(self.weights))
-        self.seed, self.runs_dir = int(self.seed), Path(os.path.expanduser(self.runs_dir))
+        self.runs_dir = Path(os.path.expanduser(self.runs_dir))
+        self.seed, self.max_attempts = int(self.seed), int(self.max_attempts)  # of NumPy, perhaps
         a_policy = self.weights != PRETRAINED or self.greedy
         devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         for good, rule in [
@@ -103,20 +103,23 @@ class MaxAndSkip(gym.Wrapper):
     The screens are those of gymnasium.wrappers.AtariPreprocessing, bit for bit.
     """
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, sticky_actions: float = 0.0):
         super().__init__(env)
+        self.sticky_actions = sticky_actions
         self.screens = np.zeros((2, *self.unwrapped.ale.getScreenDims()), np.uint8)
 
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         self.unwrapped.ale.getScreenGrayscale(self.screens[0])
-        self.screens[1] = 0
+        self.screens[1] = self.last_action = 0
         return self.screens[0], info
 
     def step(self, action):
         total_reward = 0.0
         for frame in range(4):
-            _, reward, terminated, truncated, info = self.env.step(action)
+            if self.sticky_actions == 0 or self.np_random.random() >= self.sticky_actions:
+                self.last_action = action  # else the one before goes on
+            _, reward, terminated, truncated, info = self.env.step(self.last_action)
             total_reward += reward
             if terminated or truncated:
                 break
@@ -170,15 +173,12 @@ class Warp(gym.ObservationWrapper):
 
 
 class FrameStack(gym.ObservationWrapper):
-    """Shows the last four frames, (4, 84, 84) uint8, the newest last: a single one shows no motion.
-
-    The array is the same at every step: copy it if you keep it.
-    """
+    """Shows the last four frames, (4, 84, 84) uint8, newest last; the array is always the same."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-        self.frames = np.zeros((4, 84, 84), np.uint8)
+        self.frames = np.zeros((4, 84, 84), np.uint8)  # a single one would show no motion
 
     def reset(self, **kwargs):
         self.frames[:] = 0  # nothing of the life before
@@ -198,10 +198,10 @@ def make_env(env_id: str, whole_games: bool, sticky_actions: float = 0.0) -> gym
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
     # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
     frames = 65_536 if env_id.startswith("Breakout") else 108_000
-    options = {"max_num_frames_per_episode": frames, "repeat_action_probability": sticky_actions}
     # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
-    game = gym.make(env_id, obs_type="ram", **options).unwrapped
-    return FrameStack(Warp(EpisodicLife(MaxAndSkip(NoopReset(game) if whole_games else game))))
+    game = gym.make(env_id, obs_type="ram", max_num_frames_per_episode=frames).unwrapped
+    screens = MaxAndSkip(NoopReset(game) if whole_games else game, sticky_actions)
+    return FrameStack(Warp(EpisodicLife(screens)))
 
 
 # ---- network -------------------------------------------------------------------
@@ -281,10 +281,9 @@ def act(network: nn.Module, games: list[Game], greedy: bool, device: str) -> lis
     logits = network(observations.to(device))[1].cpu().numpy()  # (N, num_actions)
     if not np.isfinite(logits).all():
         raise ValueError("--weights: not all are finite, or they are so large that they overflow")
-    if not greedy:
-        # argmax(logits + Gumbel noise) is a draw from softmax(logits), independent of other games.
-        logits = logits + [g.env.unwrapped.np_random.gumbel(size=logits.shape[1]) for g in games]
-    return logits.argmax(axis=-1).tolist()
+    # argmax(logits + Gumbel noise) is a draw from softmax(logits), independent of other games.
+    noise = [game.env.np_random.gumbel(size=logits.shape[1]) for game in games]
+    return (logits if greedy else logits + noise).argmax(axis=-1).tolist()
 
 
 def save(path: Path, content: bytes) -> None:
@@ -310,6 +309,7 @@ def film(game: Game, path: Path, zoom: int, **options) -> None:
         again = Game(game.env, game.seed, game.whole)
         with imageio.get_writer(part, fps=15, macro_block_size=2, **options) as video:
             for action in game.actions:
+                again.env.np_random.gumbel(size=again.env.action_space.n)  # as act did
                 again.step(action)
                 screen = again.env.unwrapped.ale.getScreenRGB()  # (210, 160, 3) uint8
                 video.append_data(screen.repeat(zoom, axis=0).repeat(zoom, axis=1))

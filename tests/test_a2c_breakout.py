@@ -1,6 +1,7 @@
 """a2c_breakout.py: the wrappers, the arithmetic, the workers and a whole run; the game is real."""
 
 import copy
+import io
 import json
 import multiprocessing
 import re
@@ -51,6 +52,12 @@ def load(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
+def saved(content) -> io.BytesIO:
+    torch.save(content, file := io.BytesIO())
+    file.seek(0)
+    return file
+
+
 # ---- the game ----
 
 
@@ -71,12 +78,44 @@ def test_screens_are_those_of_gymnasium(env_id):
 
 
 @pytest.mark.parametrize(("env_id", "frames"), [(BREAKOUT, 65_536), (PONG, 108_000)])
-def test_the_emulator_gets_the_length_of_a_game_and_the_sticky_actions(env_id, frames):
+def test_the_emulator_gets_the_length_of_a_game(env_id, frames):
     """From frame 65,536 on, Breakout's cartridge serves no ball any more."""
     for make_env in (a2c.make_env, play_breakout.make_env):  # the second value is 0 or False
-        emulator = make_env(env_id, 0, 0.25).unwrapped.ale
+        emulator = make_env(env_id, 0).unwrapped.ale
         assert emulator.getInt("max_num_frames_per_episode") == frames
-        assert emulator.getFloat("repeat_action_probability") == 0.25
+        assert emulator.getFloat("repeat_action_probability") == 0
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.25])
+def test_sticky_actions_go_on_in_each_frame_by_chance(chance, monkeypatch):
+    """k frames after a decision the action before it is still there by chance^k."""
+    env, frames = a2c.make_env(PONG, 0, chance), []
+    step = env.unwrapped.step
+    monkeypatch.setattr(env.unwrapped, "step", lambda action: frames.append(action) or step(action))
+    env.reset(seed=3)
+    frames.clear()
+    for decision in range(600):  # a game of Pong takes longer
+        env.step(decision % 2 + 2)
+    wrong = np.array(frames).reshape(600, 4)[1:] != np.arange(1, 600)[:, None] % 2 + 2
+    assert np.allclose(wrong.mean(axis=0), chance ** np.arange(1, 5), atol=0.05)
+
+
+@pytest.mark.parametrize(("env_id", "chance"), [(QBERT, 0.0), (BREAKOUT, 0.25), (PONG, 0.9)])
+def test_a_restored_environment_goes_on_as_the_other_one(env_id, chance):
+    """The emulator's own sticky actions did not: it does not save which action goes on."""
+    first, second = (a2c.make_env(env_id, 0, chance) for _ in range(2))
+    first.reset(seed=3)
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        second.reset(seed=number)
+        state = a2c.get_state(first)
+        a2c.set_state(second, torch.load(saved(state), weights_only=True))
+        for action in rng.integers(6, size=40) % first.action_space.n:
+            mine, other = first.step(action), second.step(action)
+            assert np.array_equal(mine[0], other[0]) and mine[1:] == other[1:]
+            if mine[2] or mine[3]:
+                assert np.array_equal(first.reset()[0], second.reset()[0])
+        assert a2c.get_state(first) == a2c.get_state(second)
 
 
 class Steps(gym.Env):
@@ -337,6 +376,13 @@ def test_what_the_machine_or_ale_py_cannot_do_is_refused_and_leaves_nothing(
     with pytest.raises(ValueError, match=rf"\A{message}.*\Z"):
         a2c.train(a2c.Args(runs_dir=tmp_path / "runs", **flags))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_rank_without_a_number_of_ranks_is_none(tmp_path):
+    """A batch system may set it."""
+    flags, env = ["--num-envs", 1, "--total-timesteps", 5], {"RANK": "1", "WORLD_SIZE": ""}
+    assert Process(SCRIPT, *flags, "--resume", tmp_path, env=env).wait() == 0
+    assert (tmp_path / "result.json").exists()
 
 
 def test_too_little_shared_memory_for_the_network_is_one_line(tmp_path):

@@ -239,9 +239,15 @@ def test_the_films_show_every_decision_of_the_best_attempt(chance, played, tmp_p
     assert capsys.readouterr().out.splitlines()[-1] == str(run_dir / "film.mp4")
     best = played.filmed[0]
     assert best.score == result["max"] and best.seed == 53 + np.argmax(result["scores"])
-    game = gym.make(BREAKOUT, obs_type="rgb", repeat_action_probability=chance)  # no wrappers
+    game = gym.make(BREAKOUT, obs_type="rgb").unwrapped  # no wrappers
     game.reset(seed=best.seed)
-    screens = [[game.step(action)[0] for _ in range(4)][-1] for action in best.actions]
+    rng, goes_on, screens = game.np_random, 0, []
+    for action in best.actions:
+        rng.gumbel(size=4)  # by which the action was drawn
+        for _ in range(4):
+            goes_on = action if chance == 0 or rng.random() >= chance else goes_on
+            screen = game.step(goes_on)[0]
+        screens.append(screen)
     assert len(screens) > 20
 
     with imageio.get_reader(run_dir / "film.mp4") as film:

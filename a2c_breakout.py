@@ -87,7 +87,7 @@ class Args:
     rmsprop_eps: float = 1e-5  # added to RMSprop's root, in the paper inside it; above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
-    max_idle_steps: int | None = None  # steps without reward until a cut; 0: never, Breakout: 400
+    max_idle_steps: int | None = None  # idle steps until a cut; 0: never; default in Breakout: 400
     sticky_actions: float = 0.0  # chance that the last action goes on (Machado et al. 2018: 0.25)
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
     entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
@@ -104,12 +104,12 @@ class Args:
             self.max_idle_steps = 400 if self.env_id.startswith("Breakout") else 0
         for name, kind in Args.__annotations__.items():
             if kind in (bool, int, float, int | None):  # a caller may give np.int64(8), or 8.0
-                setattr(self, name, {bool: bool, float: float}.get(kind, int)(getattr(self, name)))
+                setattr(self, name, (kind if kind in (bool, float) else int)(getattr(self, name)))
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
             ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
             ("max_idle_steps value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "from 0"),
-            ("learning_rate rmsprop_eps max_grad_norm", lambda x: 1e-30 < x < math.inf, "above 0"),
+            ("learning_rate rmsprop_eps max_grad_norm", lambda x: 1e-30 <= x < 1e30, "from 1e-30"),
             ("average_decay sticky_actions", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
             ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
@@ -148,7 +148,7 @@ class MaxAndSkip(gym.Wrapper):
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         self.unwrapped.ale.getScreenGrayscale(self.screens[0])
-        self.screens[1] = self.last_action = 0
+        self.screens[1], self.last_action = 0, 0
         return self.screens[0], info
 
     def step(self, action):
@@ -210,7 +210,7 @@ class Warp(gym.ObservationWrapper):
 
 
 class FrameStack(gym.ObservationWrapper):
-    """Shows the last four frames, (4, 84, 84) uint8, newest last; the array is always the same."""
+    """Shows the last four frames, (4, 84, 84) uint8, newest last; copy them to keep them."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -563,7 +563,7 @@ def read_run(args: Args) -> tuple[Args, dict[str, Any]]:
     """Flags and checkpoint of the run that goes on; the flags as given and {} where one begins."""
     if not args.resume or not [*args.resume.glob("*.json"), *args.resume.glob("*.pth")]:
         return args, {}
-    here, checkpoint = {x: getattr(args, x) for x in ("resume", "runs_dir", "device")}, {}
+    here, checkpoint = {"resume": args.resume, "runs_dir": args.runs_dir}, {}
     try:
         saved = Args(**json.loads((path := args.resume / "args.json").read_text()) | here)
         if (path := args.resume / "checkpoint.pth").exists():
@@ -614,7 +614,7 @@ def train(args: Args) -> dict[str, Any]:
     run_dir = args.resume or args.runs_dir / name
     if RANK == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / "lock", "w")  # held until it is closed, when this function ends
+        lock = open(run_dir / "lock", "w")  # held until it is closed
         try:
             os.lockf(lock.fileno(), os.F_TLOCK, 0)
         except BlockingIOError:
@@ -659,7 +659,7 @@ if __name__ == "__main__":
     for signum in STOP_SIGNALS:
         if signum == signal.SIGINT or signal.getsignal(signum) == signal.SIG_DFL:  # not nohup's
             signal.signal(signum, request_stop)
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
+    threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     try:  # in a notebook, argv is the kernel's

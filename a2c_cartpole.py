@@ -30,7 +30,7 @@ would get more likely, the worse one as well; V, which is subtracted, is called 
 held fixed in this term: V is trained by the second one, which moves it towards R_t, held fixed as
 well (else R_t would move towards V). The third term is the entropy, highest where all actions are
 equally likely. It keeps the policy, from which the actions are drawn, from settling too soon: only
-actions that are tried (exploration) show what they bring. 0.5 and 0.01 are weights of the terms.
+actions that are tried (exploration) show what they bring. 0.5 and 0.01 weigh the terms.
 
 There is no replay memory: A_t tells how good an action was if the policy goes on as it is. Steps of
 an older policy would teach the wrong thing: A2C is on-policy. In place of a memory, 32 poles,
@@ -38,7 +38,7 @@ soon at different points of their episodes, make the 160 steps of a batch differ
 on steps that are all alike forgets all others.
 
 This is algorithm S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML
-2016, but one update serves all environments; a2c_breakout.py has the same loop for Atari games.
+2016, but one update, by Adam, serves all environments. a2c_breakout.py has the same loop for Atari.
 
     python a2c_cartpole.py                                      # train, evaluate, film
     python a2c_cartpole.py --seed 7 --num-envs 16 --num-steps 10
@@ -50,7 +50,7 @@ and at the end +1 for 196 steps or more (a success), -1 for fewer; through gamma
 less. Training ends once each environment's last episode was a success, or after 5,120,000 steps.
 
 Differs from the book (a flag, where given, brings the book's way back):
-- A running average of the weights is kept, as the last update can be bad: --average-decay 0
+- A moving average of the weights is kept, as the last update can be bad: --average-decay 0
 - All poles are simulated in one array, in which a reset takes up a step. It is not counted, and
   nothing is learnt from it.
 """
@@ -214,7 +214,7 @@ def compute_losses(network, states, actions, returns) -> tuple[Tensor, Tensor, T
 
 
 def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: SummaryWriter) -> dict:
-    """Trains the network until its own episodes, random actions included, solve the task, if ever.
+    """Trains the network until its own episodes, of drawn actions, solve the task, if ever.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns,
     for result.json, environment 0's last episode (counted from 0; None if not solved), how many it
@@ -229,7 +229,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
     episode = -1  # of environment 0: none has ended yet
     timesteps, update, start = 0, 0, time.perf_counter()
-    last_start = args.total_timesteps - args.num_envs * args.num_steps  # if a rollout is to fit in
+    last_start = args.total_timesteps - args.num_envs * args.num_steps  # of a rollout that fits in
     bar = tqdm(total=args.total_timesteps, unit="timestep", disable=not sys.stderr)
 
     while timesteps <= last_start and last_lengths.min() < SUCCESS_STEPS:
@@ -305,7 +305,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 
 def evaluate(network: ActorCritic, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
     """The lengths of greedy episodes, without random actions, in steps."""
-    env.reset(seed=2**33 + seed)  # a stream of its own: those of training are below 2**33
+    env.reset(seed=2**33 + seed)  # no seed of training: those are below 2**33
     lengths = []
     for _ in range(num_episodes):
         state, _ = env.reset()
@@ -330,7 +330,7 @@ def film(network: ActorCritic, seed: int) -> bytes:
 
 
 def save(path: Path, content: bytes) -> None:
-    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    """Writes a .part file, then renames it: a full disk or a kill leaves no half file."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content)
@@ -401,7 +401,7 @@ if __name__ == "__main__":
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
+    threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:

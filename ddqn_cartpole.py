@@ -14,12 +14,12 @@ after every other episode; in between, its values stand still.
 
 The second is Double Q-learning. The maximum over noisy estimates is too high on average: it picks
 whichever action is overestimated, and a network that learns from its own maximum feeds the error
-back to itself. So the network being trained picks the action, and the target network says what it
-is worth:
+back to itself. So the network being trained picks the action, and the target network, whose errors
+are others, says what it is worth:
 
     a*   = argmax_a' Q(s', a')
     y    = r + gamma * Q_target(s', a*)        (y = r where the episode ended)
-    loss = Huber(y - Q(s, a))                  (y is held fixed: only Q(s, a) shall move)
+    loss = Huber(y - Q(s, a))                  (y is a constant here: only Q(s, a) moves)
 
 The rest is dqn_cartpole.py; to see what is new: diff dqn_cartpole.py ddqn_cartpole.py
 
@@ -37,7 +37,7 @@ less. Training ends after 10 successes in a row, or 500 episodes.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
-- A running average of the weights is kept, as the last update can be bad: --average-decay 0
+- A moving average of the weights is kept, as the last update can be bad: --average-decay 0
 - The memory is one table, not a list of named tuples; a batch is drawn with replacement.
 """
 
@@ -147,7 +147,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # so all values begin at 0; fc1 and fc2 do not, and fc3 learns
+        if zero_init:  # all values begin at 0, and learn all the same: fc1 and fc2 are random
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -168,7 +168,7 @@ Batch = dict[str, Tensor]  # the columns of some transitions, (batch, 4) or (bat
 
 
 class ReplayMemory:
-    """The last `capacity` transitions (s, a, r, s'), each a row of a structured array, a table."""
+    """The last `capacity` transitions (s, a, r, s', not done), rows of a structured array."""
 
     def __init__(self, capacity: int, rng: np.random.Generator):
         columns = [  # name, type, shape
@@ -289,7 +289,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
 def evaluate(network: QNetwork, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
     """The lengths of greedy episodes, without random actions, in steps."""
-    env.reset(seed=2**33 + seed)  # a stream of its own: those of training are below 2**33
+    env.reset(seed=2**33 + seed)  # no seed of training: those are below 2**33
     lengths = []
     for _ in range(num_episodes):
         state, _ = env.reset()
@@ -314,7 +314,7 @@ def film(network: QNetwork, seed: int) -> bytes:
 
 
 def save(path: Path, content: bytes) -> None:
-    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    """Writes a .part file, then renames it: a full disk or a kill leaves no half file."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content)
@@ -385,7 +385,7 @@ if __name__ == "__main__":
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
+    threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:

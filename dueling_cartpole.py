@@ -32,7 +32,7 @@ less. Training ends after 10 successes in a row, or 500 episodes.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - Both streams start at zero; from a random start it takes longer: --no-zero-init
-- A running average of the weights is kept, as the last update can be bad: --average-decay 0
+- A moving average of the weights is kept, as the last update can be bad: --average-decay 0
 - The memory is one table, not a list of named tuples; a batch is drawn with replacement.
 """
 
@@ -143,7 +143,7 @@ class QNetwork(nn.Module):
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3_advantage = nn.Linear(hidden_size, 2)
         self.fc3_value = nn.Linear(hidden_size, 1)
-        if zero_init:  # so all values begin at 0; fc1 and fc2 do not, and fc3 learns
+        if zero_init:  # all values begin at 0, and learn all the same: fc1 and fc2 are random
             for layer in (self.fc3_advantage, self.fc3_value):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -167,7 +167,7 @@ Batch = dict[str, Tensor]  # the columns of some transitions, (batch, 4) or (bat
 
 
 class ReplayMemory:
-    """The last `capacity` transitions (s, a, r, s'), each a row of a structured array, a table."""
+    """The last `capacity` transitions (s, a, r, s', not done), rows of a structured array."""
 
     def __init__(self, capacity: int, rng: np.random.Generator):
         columns = [  # name, type, shape
@@ -288,7 +288,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
 def evaluate(network: QNetwork, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
     """The lengths of greedy episodes, without random actions, in steps."""
-    env.reset(seed=2**33 + seed)  # a stream of its own: those of training are below 2**33
+    env.reset(seed=2**33 + seed)  # no seed of training: those are below 2**33
     lengths = []
     for _ in range(num_episodes):
         state, _ = env.reset()
@@ -313,7 +313,7 @@ def film(network: QNetwork, seed: int) -> bytes:
 
 
 def save(path: Path, content: bytes) -> None:
-    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    """Writes a .part file, then renames it: a full disk or a kill leaves no half file."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content)
@@ -384,7 +384,7 @@ if __name__ == "__main__":
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
+    threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:

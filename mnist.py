@@ -204,7 +204,7 @@ def learn(args: Args, network: nn.Module, train_set, test_set, writer: SummaryWr
 
 
 def save(path: Path, content: bytes) -> None:
-    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    """Writes a .part file, then renames it: a full disk or a kill leaves no half file."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
@@ -359,7 +359,7 @@ if __name__ == "__main__":
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
+    threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:

@@ -14,11 +14,11 @@ temporal-difference (TD) error delta_i is large, and is drawn with the probabili
     delta_i = y_i - Q(s_i, a_i)
     p_i     = |delta_i| + 0.0001
     P(i)    = p_i^alpha / sum_k p_k^alpha
-    w_i     = (N * P(i))^-beta     (factor of the loss; N transitions are in the memory)
+    w_i     = (N * P(i))^-beta     (importance weight, times the loss; N transitions are held)
 
 An alpha below 1 flattens the priorities, and 0 makes all alike. What is drawn twice as often would
 weigh twice in the mean loss; w_i corrects a part of this bias, and all of it with a beta of 1. Each
-batch's factors are divided by its largest one. The rest is ddqn_cartpole.py; to see what is new:
+batch's w_i are divided by the largest of them. The rest is ddqn_cartpole.py; to see what is new:
 diff ddqn_cartpole.py per_cartpole.py
 
 Schaul, Quan, Antonoglou, Silver, "Prioritized Experience Replay", ICLR 2016, sections 3.3 and 3.4.
@@ -35,12 +35,12 @@ less. Training ends after 10 successes in a row, or 500 episodes.
 Differs from the paper, as the book does: the first 30 episodes draw uniformly; a new transition
 enters with TD error 0, not with the highest priority so far; all priorities are recomputed at the
 end of each episode, not those of a batch after its update. Beta stays; the paper's rises to 1. Left
-out: the sum tree, which finds a transition in log N steps where this file adds up all priorities;
+out: the sum tree, whose nodes hold their children's sums, so that a draw takes log N steps, not N;
 drawing one transition from each equal part of their sum; a quarter of the learning rate.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
-- A running average of the weights is kept, as the last update can be bad: --average-decay 0
+- A moving average of the weights is kept, as the last update can be bad: --average-decay 0
 - alpha is 0.6 and beta 0.4, as at the paper's start; the book's are 1 and 0: --alpha 1 --beta 0
 - A draw returns the transition on which its random point falls, in the book the one after it.
 - The memory is one table, not a list of named tuples; a batch is drawn with replacement.
@@ -84,7 +84,7 @@ class Args:
     memory_size: int = 10_000  # transitions in the replay memory, from 1 to 10 million
     uniform_episodes: int = 30  # at the start, in which batches are drawn uniformly, 0 or more
     alpha: float = 0.6  # exponent of the priorities, from 0 (uniform) to 1 (the book)
-    beta: float = 0.4  # exponent of the importance factors, from 0 (none, the book) to 1 (full)
+    beta: float = 0.4  # exponent of the importance weights, from 0 (none, the book) to 1 (full)
     batch_size: int = 32  # transitions in an update, from 1 to the memory size
     hidden_size: int = 32  # units in each of the two hidden layers, from 1 to 4096
     target_interval: int = 2  # episodes between copies to the target network, 1 or more
@@ -158,7 +158,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # so all values begin at 0; fc1 and fc2 do not, and fc3 learns
+        if zero_init:  # all values begin at 0, and learn all the same: fc1 and fc2 are random
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -180,7 +180,7 @@ Batch = dict[str, Tensor]  # the columns of some transitions, (batch, 4) or (bat
 
 
 class ReplayMemory:
-    """The last `capacity` transitions (s, a, r, s'), each a row of a structured array, a table."""
+    """The last `capacity` transitions (s, a, r, s', not done), rows of a structured array."""
 
     def __init__(self, capacity: int, rng: np.random.Generator, alpha: float, beta: float):
         columns = [  # name, type, shape
@@ -342,7 +342,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
 def evaluate(network: QNetwork, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
     """The lengths of greedy episodes, without random actions, in steps."""
-    env.reset(seed=2**33 + seed)  # a stream of its own: those of training are below 2**33
+    env.reset(seed=2**33 + seed)  # no seed of training: those are below 2**33
     lengths = []
     for _ in range(num_episodes):
         state, _ = env.reset()
@@ -367,7 +367,7 @@ def film(network: QNetwork, seed: int) -> bytes:
 
 
 def save(path: Path, content: bytes) -> None:
-    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    """Writes a .part file, then renames it: a full disk or a kill leaves no half file."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content)
@@ -438,7 +438,7 @@ if __name__ == "__main__":
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's error here, too
+    threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:

@@ -111,7 +111,7 @@ class MaxAndSkip(gym.Wrapper):
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         self.unwrapped.ale.getScreenGrayscale(self.screens[0])
-        self.screens[1] = self.last_action = 0
+        self.screens[1], self.last_action = 0, 0
         return self.screens[0], info
 
     def step(self, action):
@@ -173,7 +173,7 @@ class Warp(gym.ObservationWrapper):
 
 
 class FrameStack(gym.ObservationWrapper):
-    """Shows the last four frames, (4, 84, 84) uint8, newest last; the array is always the same."""
+    """Shows the last four frames, (4, 84, 84) uint8, newest last; copy them to keep them."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -281,13 +281,13 @@ def act(network: nn.Module, games: list[Game], greedy: bool, device: str) -> lis
     logits = network(observations.to(device))[1].cpu().numpy()  # (N, num_actions)
     if not np.isfinite(logits).all():
         raise ValueError("--weights: not all are finite, or they are so large that they overflow")
-    # argmax(logits + Gumbel noise) is a draw from softmax(logits), independent of other games.
+    # argmax(logits + Gumbel noise) is a draw from softmax(logits). film() draws the noise again.
     noise = [game.env.np_random.gumbel(size=logits.shape[1]) for game in games]
     return (logits if greedy else logits + noise).argmax(axis=-1).tolist()
 
 
 def save(path: Path, content: bytes) -> None:
-    """Writes a file beside and renames it: a full disk or a kill leaves no half one."""
+    """Writes a .part file, then renames it: a full disk or a kill leaves no half file."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content)

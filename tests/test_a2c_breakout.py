@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import re
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -383,6 +385,14 @@ def test_a_rank_without_a_number_of_ranks_is_none(tmp_path):
     flags, env = ["--num-envs", 1, "--total-timesteps", 5], {"RANK": "1", "WORLD_SIZE": ""}
     assert Process(SCRIPT, *flags, "--resume", tmp_path, env=env).wait() == 0
     assert (tmp_path / "result.json").exists()
+
+
+def test_the_lock_goes_with_a_failed_run_though_its_traceback_stays(tmp_path):
+    """As a notebook keeps the last one."""
+    with pytest.raises(ValueError, match="gradient not finite") as _traceback:
+        train(tmp_path, learning_rate=1e29)
+    code = "import os, sys; os.lockf(open(sys.argv[1], 'w').fileno(), os.F_TLOCK, 0)"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "lock"], check=True)
 
 
 def test_too_little_shared_memory_for_the_network_is_one_line(tmp_path):

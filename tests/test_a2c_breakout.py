@@ -391,7 +391,7 @@ def test_the_lock_goes_with_a_failed_run_though_its_traceback_stays(tmp_path):
     """As a notebook keeps the last one."""
     with pytest.raises(ValueError, match="gradient not finite") as _traceback:
         train(tmp_path, learning_rate=1e29)
-    code = "import os, sys; os.lockf(open(sys.argv[1], 'w').fileno(), os.F_TLOCK, 0)"
+    code = "import os, sys; os.lockf(os.open(sys.argv[1], os.O_WRONLY), os.F_TLOCK, 0)"
     subprocess.run([sys.executable, "-c", code, tmp_path / "lock"], check=True)
 
 

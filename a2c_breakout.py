@@ -7,19 +7,19 @@
 # ///
 """Advantage Actor-Critic (A2C) on Atari Breakout, learnt from the screen.
 
-One network looks at the last four frames and gives two answers: V(s), the discounted return to
-expect from here (the critic), and pi(a|s), the probability of each action (the actor). Sixteen
-games are played side by side for five steps; these 80 transitions then make one gradient step, and
-are forgotten: they only tell about the policy that played them (on-policy learning).
+One network looks at the last four frames, one a decision, and gives two answers: V(s), the
+discounted return to expect from here (the critic), and pi(a|s), the probability of each action (the
+actor). Sixteen games are played side by side for five steps; these 80 transitions then make one
+gradient step, and are forgotten: their returns are this policy's, not the next one's (on-policy).
 
     R_t  = r_t + gamma R_{t+1}    or r_t alone where a life or the game ended; R_T = V(s_T), T = 5
     A_t  = R_t - V(s_t)
     loss = - mean A_t log pi(a_t|s_t)  +  0.25 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
-R_t is an n-step return: the rewards that came, five for the first step and one for the last, then
-the critic's guess (bootstrapping). A_t estimates the advantage: how much better it went than the
-critic (the baseline) expected. The first term, the policy gradient, makes actions of A_t > 0 more
-likely; A_t is a constant in it. The entropy bonus keeps the policy from settling too soon.
+R_t is an n-step return: five rewards for the first step, one for the last, then V (bootstrapping).
+A_t estimates the advantage: how much better it went than the critic (the baseline) expected. The
+first term, the policy gradient, makes actions of A_t > 0 more likely (with A_t as a constant), the
+second moves V(s_t) to R_t, the entropy bonus keeps the policy from settling too soon.
 
 Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML 2016, algorithm S3, made
 synchronous; frames and network of Mnih et al., Nature 518, 2015, Methods.
@@ -28,8 +28,8 @@ synchronous; frames and network of Mnih et al., Nature 518, 2015, Methods.
     python a2c_breakout.py --resume runs/a2c_breakout__1__...    # goes on, bit for bit on a CPU
     torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64    # several processes (or machines)
 
-A timestep is one decision in one game, four frames; to the agent a life is an episode. Read first
-compute_returns, compute_losses and learn(), then wrappers, network and work(); the rest is the run.
+A timestep is one decision in one game, four frames of the Atari; to the agent a life is an episode.
+First read compute_returns, compute_losses and learn(), then wrappers, network and work().
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in flags. The book's are
 --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
@@ -92,7 +92,7 @@ class Args:
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
     entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
-    average_decay: float = 0.99  # share that the average keeps per 10 updates; 0: the last weights
+    average_decay: float = 0.99  # share that the mean weights keep per 10 updates; 0: last weights
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
     resume: Path | None = None  # folder of a run to continue, or a new one to begin in
     checkpoint_every: int = 2000  # updates between two checkpoints, 1 or more
@@ -167,7 +167,7 @@ class MaxAndSkip(gym.Wrapper):
 
 
 class EpisodicLife(gym.Wrapper):
-    """Ends the episode when a life is lost, so that losing it has a cost; the game goes on.
+    """Ends the episode when a life is lost: that costs the rewards to come. The game goes on.
 
     When a whole game ends, info["game"] is its score and its length in decisions. A game also ends
     after max_idle_steps decisions without a reward (in training; 0: never).
@@ -285,7 +285,7 @@ class ActorCritic(nn.Module):
         self.actor = init(nn.Linear(512, num_actions), 0.01)  # at first all equally likely
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """observations (B, 4, 84, 84) uint8 -> values (B,), logits (B, num_actions)."""
+        """observations (B, 4, 84, 84) uint8 -> values (B,), logits (B, actions): before softmax."""
         features = self.conv(observations / 255)  # (B, 512)
         return self.critic(features).squeeze(-1), self.actor(features)
 
@@ -306,7 +306,7 @@ class RolloutStorage:
 
 @torch.no_grad()
 def work(pipe, learners_end, args: Args, network: ActorCritic, storage, share: slice, states: list):
-    """A worker process: for each update, T steps in its share of the environments, n of them."""
+    """A worker process: for each update, T steps in its n environments, with the shared network."""
     learners_end.close()  # our copy: while one is open, recv() never sees that the learner is dead
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # it is the learner that is asked to stop
@@ -338,7 +338,7 @@ def work(pipe, learners_end, args: Args, network: ActorCritic, storage, share: s
                 actions[t] = (logits.numpy() + noise).argmax(axis=-1)
                 for i, env in enumerate(envs):
                     frames, rewards[t, i], terminated, truncated, info = env.step(actions[t, i])
-                    masks[t, i] = not (terminated or truncated)  # at a cut too: a loop is worth 0
+                    masks[t, i] = not (terminated or truncated)  # at a cut too: idling is worth 0
                     if terminated or truncated:
                         frames, reset_info = env.reset()
                         info |= reset_info
@@ -441,7 +441,8 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
                 network.load_state_dict(learner.state_dict())
             for pipe in workers:
                 pipe.send(update)
-            games, states = (sum(x, []) for x in zip(*[pipe.recv() for pipe in workers]))
+            replies = [pipe.recv() for pipe in workers]
+            games, states = (sum(lists, []) for lists in zip(*replies))
             start = start or time.perf_counter() - progress["seconds"]  # without the start-up
 
             # 2. returns: (T, N)
@@ -451,12 +452,9 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             returns = compute_returns(rewards, storage.masks, last_values.cpu(), args.gamma)
 
             # 3. loss: over the batch of T * N transitions
-            value_loss, policy_loss, entropy = compute_losses(
-                learner,
-                storage.observations[:-1].flatten(0, 1).to(device),
-                storage.actions.flatten().to(device),
-                returns.flatten().to(device),
-            )
+            transitions = storage.observations[:-1], storage.actions, returns  # (T, N, ...) each
+            transitions = [part.flatten(0, 1).to(device) for part in transitions]  # (T * N, ...)
+            value_loss, policy_loss, entropy = compute_losses(learner, *transitions)
             loss = policy_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
 
             # 4. update
@@ -467,18 +465,19 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             if not grad_norm.isfinite():
                 raise ValueError(f"update {update}: gradient not finite: lower --learning-rate")
+            parts["envs"] = []  # until step 5 an update is half done: not to be saved
             optimizer.step()
-            # The average is for play, as one update can be a bad one. Every tenth is enough.
+            # The mean weights are for play: one update can be bad. Every tenth is enough.
             if update % 10 == 0 or args.average_decay == 0:
-                decay = min(args.average_decay, update / (update + 100))  # at first a short average
+                decay = min(args.average_decay, update / (update + 100))  # at first the last tenth
                 for mean, weight in zip(averaged.parameters(), parameters):
                     mean.lerp_(weight.detach().cpu(), 1 - decay)
 
             # 5. log, and save now and then
-            parts["envs"] = states
             progress["timesteps"] += batch
             progress["seconds"] = time.perf_counter() - start
             progress["to_log"] += games
+            parts["envs"] = states
             stopping = stop > 0 or update + 1 == num_updates
             saving = stopping or (update + 1) % args.checkpoint_every == 0
             if saving or (update + 1) % 100 == 0:
@@ -620,7 +619,7 @@ def train(args: Args) -> dict[str, Any]:
         except BlockingIOError:
             raise ValueError(f"another process is training in {run_dir}") from None
         except (AttributeError, OSError):  # Windows and some network disks have no locks
-            pass
+            parts["envs"] = []  # until step 5 an update is half done: not to be saved
     workers = start_workers(args, network, storage, checkpoint.get("envs", []))
     try:
         if WORLD_SIZE > 1:  # after the fork, which would copy the locks of gloo's threads

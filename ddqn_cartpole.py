@@ -147,7 +147,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # all values begin at 0, and learn all the same: fc1 and fc2 are random
+        if zero_init:  # all values begin at 0, but still learn: fc1 and fc2 are random
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -191,8 +191,8 @@ class ReplayMemory:
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:
         """Draws transitions uniformly, with replacement."""
-        rows = self.table.take(self.rng.integers(len(self), size=batch_size))
-        return {name: torch.from_numpy(rows[name]).to(device) for name in rows.dtype.names}
+        batch = self.table.take(self.rng.integers(len(self), size=batch_size))
+        return {name: torch.from_numpy(batch[name]).to(device) for name in batch.dtype.names}
 
 
 # ---- learning ----------------------------------------------------------------------------------

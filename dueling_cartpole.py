@@ -13,9 +13,9 @@ advantage A(s, a) for each action, and adds them up again:
 
     Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')
 
-Every transition now teaches V, whichever action was taken. Without the mean, V + c and A - c would
-give the same Q for any c. With it V(s) is the mean of Q(s, .), not the value of the best action.
-The target is that of Double DQN. The rest is ddqn_cartpole.py; to see what is new:
+Every transition now teaches V, whichever action was taken. Without the mean V and A could drift:
+V + c and A - c give the same Q for any c. With it V(s) is the mean of Q(s, .), not the value of the
+best action. The target is that of Double DQN. The rest is ddqn_cartpole.py; to see what is new:
 diff ddqn_cartpole.py dueling_cartpole.py
 
 Wang et al., "Dueling Network Architectures for Deep Reinforcement Learning", ICML 2016, equation 9.
@@ -143,7 +143,7 @@ class QNetwork(nn.Module):
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3_advantage = nn.Linear(hidden_size, 2)
         self.fc3_value = nn.Linear(hidden_size, 1)
-        if zero_init:  # all values begin at 0, and learn all the same: fc1 and fc2 are random
+        if zero_init:  # all values begin at 0, but still learn: fc1 and fc2 are random
             for layer in (self.fc3_advantage, self.fc3_value):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -190,8 +190,8 @@ class ReplayMemory:
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:
         """Draws transitions uniformly, with replacement."""
-        rows = self.table.take(self.rng.integers(len(self), size=batch_size))
-        return {name: torch.from_numpy(rows[name]).to(device) for name in rows.dtype.names}
+        batch = self.table.take(self.rng.integers(len(self), size=batch_size))
+        return {name: torch.from_numpy(batch[name]).to(device) for name in batch.dtype.names}
 
 
 # ---- learning ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ and the loss, the cross-entropy, is large where the true label y was given a low
 
     p(k | x) = exp(z_k) / sum_j exp(z_j),    loss = -log p(y | x)
 
-Adam steps along -m, a moving mean of the gradients g, divided by their root mean square, sqrt(v):
+Adam moves each weight w against m / sqrt(v), from moving means of its gradient g and of g^2:
 
     m <- 0.9 m + 0.1 g,    v <- 0.999 v + 0.001 g^2,    w <- w - lr * m / (sqrt(v) + 1e-8)
 
@@ -123,7 +123,7 @@ def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, ep
         loss = loss_function(scores, labels)  # (), the mean over the batch
 
         optimizer.zero_grad()  # forget the gradients of the last batch, each weight's .grad
-        loss.backward()  # backpropagation: into .grad goes how the loss changes with the weight
+        loss.backward()  # backpropagation: each .grad now says how the loss changes with its weight
         optimizer.step()  # move each weight a little, by its .grad, to lower the loss
         scheduler.step()  # sets the learning rate of the next update
 
@@ -133,7 +133,7 @@ def train_epoch(network, loader, optimizer, scheduler, writer: SummaryWriter, ep
         raise ValueError(f"epoch {epoch}: the loss is not finite; lower --learning-rate")
 
 
-@torch.no_grad()  # nothing is learnt here
+@torch.no_grad()  # nothing is learnt here: no gradients
 def test(network: nn.Module, loader: DataLoader) -> int:
     """The number of images whose label has the highest score."""
     correct = 0

@@ -16,10 +16,10 @@ temporal-difference (TD) error delta_i is large, and is drawn with the probabili
     P(i)    = p_i^alpha / sum_k p_k^alpha
     w_i     = (N * P(i))^-beta     (importance weight, times the loss; N transitions are held)
 
-An alpha below 1 flattens the priorities, and 0 makes all alike. What is drawn twice as often would
-weigh twice in the mean loss; w_i corrects a part of this bias, and all of it with a beta of 1. Each
-batch's w_i are divided by the largest of them. The rest is ddqn_cartpole.py; to see what is new:
-diff ddqn_cartpole.py per_cartpole.py
+An alpha below 1 flattens the priorities, and 0 makes all alike. What is drawn twice as often counts
+twice, and Q would learn a wrong mean; w_i corrects a part of this bias, all of it with a beta of 1.
+Each batch's w_i are divided by the largest of them, so that no update is too long. The rest is
+ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py per_cartpole.py
 
 Schaul, Quan, Antonoglou, Silver, "Prioritized Experience Replay", ICLR 2016, sections 3.3 and 3.4.
 
@@ -36,7 +36,7 @@ Differs from the paper, as the book does: the first 30 episodes draw uniformly; 
 enters with TD error 0, not with the highest priority so far; all priorities are recomputed at the
 end of each episode, not those of a batch after its update. Beta stays; the paper's rises to 1. Left
 out: the sum tree, whose nodes hold their children's sums, so that a draw takes log N steps, not N;
-drawing one transition from each equal part of their sum; a quarter of the learning rate.
+drawing one transition from each equal part of their sum; a learning rate a quarter as large.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
@@ -158,7 +158,7 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(4, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 2)
-        if zero_init:  # all values begin at 0, and learn all the same: fc1 and fc2 are random
+        if zero_init:  # all values begin at 0, but still learn: fc1 and fc2 are random
             nn.init.zeros_(self.fc3.weight)
             nn.init.zeros_(self.fc3.bias)
 
@@ -227,8 +227,8 @@ class ReplayMemory:
 
     def take(self, rows: np.ndarray, device: torch.device) -> Batch:
         """The transitions in these rows, as tensors."""
-        rows = self.table.take(rows)
-        return {name: torch.from_numpy(rows[name]).to(device) for name in rows.dtype.names}
+        batch = self.table.take(rows)
+        return {name: torch.from_numpy(batch[name]).to(device) for name in batch.dtype.names}
 
 
 # ---- learning ----------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class MaxAndSkip(gym.Wrapper):
 
 
 class EpisodicLife(gym.Wrapper):
-    """Ends the episode when a life is lost, so that losing it has a cost; the game goes on.
+    """Ends the episode when a life is lost: that costs the rewards to come. The game goes on.
 
     When a whole game ends, info["game"] is its score and its length in decisions. A game also ends
     after max_idle_steps decisions without a reward (in training; 0: never).
@@ -227,7 +227,7 @@ class ActorCritic(nn.Module):
         self.actor = nn.Linear(512, num_actions)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """observations (B, 4, 84, 84) uint8 -> values (B,), logits (B, num_actions)."""
+        """observations (B, 4, 84, 84) uint8 -> values (B,), logits (B, actions): before softmax."""
         features = self.conv(observations / 255)  # (B, 512)
         return self.critic(features).squeeze(-1), self.actor(features)
 

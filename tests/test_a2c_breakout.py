@@ -241,7 +241,9 @@ def test_workers_fill_the_rollout_with_transitions_of_the_game():
 def test_curves_and_result_tell_of_the_same_games(finished):
     run_dir, _ = finished("a2c_breakout")
     result, shown = json.loads((run_dir / "result.json").read_text()), curves(run_dir)
-    assert shown["charts/learning_rate"] == [(200, pytest.approx(7e-4 * 0.01))]
+    rate = load(run_dir / "checkpoint.pth")["optimizer"]["param_groups"][0]["lr"]
+    assert shown["charts/learning_rate"] == [(200, pytest.approx(rate))]
+    assert rate == pytest.approx(7e-4 * 0.01)
     assert shown["charts/SPS"] == [(200, pytest.approx(result["steps_per_second"]))]
     steps, returns = zip(*shown["charts/episodic_return"])
     same_steps, lengths = zip(*shown["charts/episodic_length"])
@@ -251,14 +253,16 @@ def test_curves_and_result_tell_of_the_same_games(finished):
     assert same_steps == steps
 
 
-def test_each_loss_is_logged_under_its_own_name(tmp_path, monkeypatch):
-    """That of every hundredth update."""
+def test_each_loss_is_logged_under_its_own_name(tmp_path, monkeypatch, capsys):
+    """That of every hundredth update, with a line of output."""
     losses, compute = [], a2c.compute_losses
     spied = lambda *batch: losses.append(compute(*batch)) or losses[-1]  # noqa: E731
     monkeypatch.setattr(a2c, "compute_losses", spied)
-    train(tmp_path, num_steps=1, total_timesteps=100)
-    for name, loss in zip(("value_loss", "policy_loss", "entropy"), losses[-1]):
-        assert curves(tmp_path)[f"losses/{name}"] == [(100, pytest.approx(loss.item()))]
+    train(tmp_path, num_steps=1, total_timesteps=210)
+    assert capsys.readouterr().out.count("\nfinished timesteps") == 3
+    for name, loss, other in zip(("value_loss", "policy_loss", "entropy"), losses[99], losses[199]):
+        expected = [(100, pytest.approx(loss.item())), (200, pytest.approx(other.item()))]
+        assert curves(tmp_path)[f"losses/{name}"] == expected
 
 
 def test_the_line_of_output(capsys, tmp_path):

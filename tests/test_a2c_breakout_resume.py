@@ -135,7 +135,9 @@ def test_a_terminal_that_is_closed_is_a_stop_request(tmp_path, five, nohup, code
 def test_a_worker_that_dies_ends_the_run_in_one_line_and_nothing_is_lost(tmp_path, five):
     process = begin(tmp_path, at(4, f"{WORKER}.kill()"))
     assert one_line(process) == f"error: a worker process died; go on with --resume {tmp_path}"
-    assert learnt(tmp_path) == five
+    assert learnt(tmp_path) == five and "result.json" not in files(tmp_path)
+    averaged = load(tmp_path / "checkpoint.pth")["averaged"]
+    assert digest(load(tmp_path / "weight_end.pth")) == digest(averaged)
 
 
 def test_a_second_ctrl_c_ends_a_run_whose_worker_hangs_and_nothing_is_lost(tmp_path, five):
@@ -173,12 +175,14 @@ def test_a_gradient_that_is_not_finite_makes_no_update(tmp_path):
     assert all(weight.isfinite().all() for weight in load(tmp_path / "weight_end.pth").values())
 
 
-def test_ctrl_c_in_a_notebook_raises_and_saves(tmp_path):
-    """There, nobody has replaced Python's own handler."""
-    program = at(4, CTRL_C).replace("signal.signal(signum, request_stop)", "pass")
-    process = begin(tmp_path, program)
+@pytest.mark.parametrize(("line", "saved"), [("optimizer.zero_grad()", 4), ("if update % 10", 3)])
+def test_ctrl_c_in_a_notebook_raises_and_saves(tmp_path, whole, line, saved):
+    """There, nobody has replaced Python's own handler. Half an update is not saved."""
+    code = SOURCE.replace(line, f"if update == 4: {CTRL_C}\n            {line}")
+    process = begin(tmp_path, code.replace("signal.signal(signum, request_stop)", "pass"))
     assert process.wait() != 0 and process.stderr.endswith("KeyboardInterrupt\n")
-    assert updates(tmp_path) == 4
+    assert updates(tmp_path) == saved
+    assert begin(tmp_path).wait() == 0 and learnt(tmp_path) == learnt(whole)
 
 
 # ---- a run that goes on ends as if nothing had been ----

@@ -131,22 +131,26 @@ def test_importing_a_script_does_nothing_else(name):
 @every_script
 def test_in_a_notebooks_cell_the_kernels_flags_are_not_those_of_the_script(name, tmp_path):
     code = re.sub(r" (train|play)\(tyro", " print(tyro", source(name))
-    argv = "import sys; sys.argv = ['/packages/ipykernel_launcher.py', '-f', 'kernel.json']\n"
-    process = Process(argv + code, cwd=tmp_path)
+    kernel = """import codecs, sys
+sys.argv = ['/packages/ipykernel_launcher.py', '-f', 'kernel.json']
+console = sys.stdout
+sys.stdout = codecs.getwriter('utf-8')(console.buffer)  # it has no reconfigure()
+"""
+    process = Process(kernel + code, cwd=tmp_path)
     assert process.wait() == 0 and "Args(" in process.stdout, process.stderr
 
 
 @pytest.mark.parametrize(
     ("name", "short"),
     [("dqn_cartpole", "num_episodes=1, eval_episodes=1"),
-     (A2C_BREAKOUT, "num_envs=1, num_steps=1, total_timesteps=1")],
+     (A2C_BREAKOUT, "num_envs=1, num_steps=1, total_timesteps=1"), (PLAY, "random=True")],
 )  # fmt: skip
 def test_train_leaves_the_process_of_its_caller_as_it_was(name, short, tmp_path):
     """SDL would take SIGTERM, which a Pool sends to its workers: it never came to an end."""
     code = f"""
 import multiprocessing, os, signal, sys, threading, torch
 sys.path.insert(0, {str(ROOT)!r})
-from {name} import Args, train
+from {name} import Args, {"play as train" if name == PLAY else "train"}
 def settings():
     handlers = [signal.getsignal(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     return torch.get_num_threads(), handlers, threading.excepthook, dict(os.environ)
@@ -180,6 +184,10 @@ def test_a_run_from_a_notebooks_cell_leaves_its_files_in_a_folder_of_any_name(na
     result = json.loads((run_dir / "result.json").read_text())
     modules = re.findall(r"^import (ale_py|cv2|gymnasium|numpy|torch)\b", source(name), re.M)
     assert result["seed"] == 3 and result["versions"].keys() == {"python", *modules}
+    if name in CARTPOLE:
+        assert re.search(r"episode 0: \d+ steps, mean of 10 [\d.]+\n", process.stdout)
+        assert re.search(r"\n(Not solved|Solved in episode \d+)\.\n", process.stdout)
+        assert re.search(r"\nGreedy: [\d.]+ steps an episode\. ", process.stdout)
     if "steps_per_second" in result:
         steps = result.get("steps", result.get("timesteps"))
         assert result["steps_per_second"] == pytest.approx(steps / result["seconds"])

@@ -88,7 +88,7 @@ class Args:
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
     max_idle_steps: int | None = None  # idle steps until a cut; 0: never; default in Breakout: 400
-    sticky_actions: float = 0.0  # chance that the last action goes on (Machado et al. 2018: 0.25)
+    sticky_actions: float = 0.0  # chance per frame that the last action goes on (in papers 0.25)
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
     entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
     max_grad_norm: float = 0.5  # norm to which the gradient is clipped, above 0
@@ -619,7 +619,7 @@ def train(args: Args) -> dict[str, Any]:
         except BlockingIOError:
             raise ValueError(f"another process is training in {run_dir}") from None
         except (AttributeError, OSError):  # Windows and some network disks have no locks
-            parts["envs"] = []  # until step 5 an update is half done: not to be saved
+            pass
     workers = start_workers(args, network, storage, checkpoint.get("envs", []))
     try:
         if WORLD_SIZE > 1:  # after the fork, which would copy the locks of gloo's threads

@@ -15,7 +15,7 @@ after every other episode; in between, its values stand still.
 The second is Double Q-learning. The maximum over noisy estimates is too high on average: it picks
 whichever action is overestimated, and a network that learns from its own maximum feeds the error
 back to itself. So the network being trained picks the action, and the target network, whose errors
-are others, says what it is worth:
+are partly others, says what it is worth:
 
     a*   = argmax_a' Q(s', a')
     y    = r + gamma * Q_target(s', a*)        (y = r where the episode ended)

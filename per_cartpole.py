@@ -18,7 +18,7 @@ temporal-difference (TD) error delta_i is large, and is drawn with the probabili
 
 An alpha below 1 flattens the priorities, and 0 makes all alike. What is drawn twice as often counts
 twice, and Q would learn a wrong mean; w_i corrects a part of this bias, all of it with a beta of 1.
-Each batch's w_i are divided by the largest of them, so that no update is too long. The rest is
+Each batch's w_i are divided by the largest of them, so that they only lower a loss. The rest is
 ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py per_cartpole.py
 
 Schaul, Quan, Antonoglou, Silver, "Prioritized Experience Replay", ICLR 2016, sections 3.3 and 3.4.
@@ -34,7 +34,7 @@ less. Training ends after 10 successes in a row, or 500 episodes.
 
 Differs from the paper, as the book does: the first 30 episodes draw uniformly; a new transition
 enters with TD error 0, not with the highest priority so far; all priorities are recomputed at the
-end of each episode, not those of a batch after its update. Beta stays; the paper's rises to 1. Left
+end of each episode, not those of a batch in its update. Beta stays; the paper's rises to 1. Left
 out: the sum tree, whose nodes hold their children's sums, so that a draw takes log N steps, not N;
 drawing one transition from each equal part of their sum; a learning rate a quarter as large.
 

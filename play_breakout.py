@@ -59,7 +59,7 @@ class Args:
     greedy: bool = False  # take the most likely action; attempts that are all alike are played once
     gif: bool = False  # film a GIF as well, in the screen's own size of 160 x 210
     env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
-    sticky_actions: float = 0.0  # chance that the last action goes on (Machado et al. 2018: 0.25)
+    sticky_actions: float = 0.0  # chance per frame that the last action goes on (in papers 0.25)
     seed: int = 10_000  # of the first attempt or game, the next has seed + 1; 0 or more
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made

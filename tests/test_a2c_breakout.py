@@ -399,6 +399,11 @@ def test_the_lock_goes_with_a_failed_run_though_its_traceback_stays(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "lock"], check=True)
 
 
+def test_without_locks_as_on_windows_a_run_begins_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.delattr(a2c.os, "lockf")
+    assert train(tmp_path)
+
+
 def test_too_little_shared_memory_for_the_network_is_one_line(tmp_path):
     """Its largest matrix has 6 MB; the storage of one environment has less."""
     process = Process(SCRIPT, "--num-envs", 1, cwd=tmp_path, limits={resource.RLIMIT_FSIZE: 10**6})

@@ -244,6 +244,9 @@ def test_curves_and_result_tell_of_the_same_games(finished):
     rate = load(run_dir / "checkpoint.pth")["optimizer"]["param_groups"][0]["lr"]
     assert shown["charts/learning_rate"] == [(200, pytest.approx(rate))]
     assert rate == pytest.approx(7e-4 * 0.01)
+    torch.manual_seed(3)
+    weights = load(run_dir / "weight_0.pth")
+    assert all(torch.equal(x, weights[name]) for name, x in a2c.ActorCritic(4).state_dict().items())
     assert shown["charts/SPS"] == [(200, pytest.approx(result["steps_per_second"]))]
     steps, returns = zip(*shown["charts/episodic_return"])
     same_steps, lengths = zip(*shown["charts/episodic_length"])

@@ -628,9 +628,9 @@ def train(args: Args) -> dict[str, Any]:
         goes_on = checkpoint and f"goes on at timestep {checkpoint['progress']['timesteps']}"
         say(f"{network}\n{args.env_id}: {goes_on or 'begins'} in {run_dir}")
         progress = learn(args, network, storage, workers, run_dir, checkpoint)
-    except (EOFError, ConnectionError):
+    except (EOFError, ConnectionError, InterruptedError):  # the last: Ctrl-C on Windows
         where = f"--resume {run_dir}" if RANK == 0 else "rank 0's folder"
-        raise OSError(f"a worker process died; go on with {where}") from None
+        raise OSError(f"a worker process died or was interrupted; go on with {where}") from None
     finally:
         for pipe in workers:
             pipe.close()  # its worker ends
@@ -667,3 +667,4 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}" if WORLD_SIZE == 1 else f"error: rank {RANK}: {error}")
     if stop_requests and signal.SIGINT not in stop_requests:
         sys.exit(128 + min(stop_requests))
+    stop_requests.clear()  # in a notebook the next train() is not asked to stop

@@ -18,7 +18,6 @@ lives, as in training: no-ops for 1 to 30 frames; after each lost life the same 
 four and an empty frame stack. It scores their sum, and is cut after 18 minutes (other games: 30).
 
 Each run leaves args.json, result.json and film.mp4, of the best attempt or game, in its own folder.
-
 Environment and network are those of a2c_breakout.py, repeated so that this file runs alone. The
 weights of the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) play as well.
 """
@@ -390,6 +389,7 @@ def play(args: Args) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a few frames are too little work for several threads
     cv2.setNumThreads(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # ffmpeg would read, and set up, the terminal
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     stops = []  # the times of the signals that ask to stop

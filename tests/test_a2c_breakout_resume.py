@@ -134,7 +134,8 @@ def test_a_terminal_that_is_closed_is_a_stop_request(tmp_path, five, nohup, code
 
 def test_a_worker_that_dies_ends_the_run_in_one_line_and_nothing_is_lost(tmp_path, five):
     process = begin(tmp_path, at(4, f"{WORKER}.kill()"))
-    assert one_line(process) == f"error: a worker process died; go on with --resume {tmp_path}"
+    line = f"error: a worker process died or was interrupted; go on with --resume {tmp_path}"
+    assert one_line(process) == line
     assert learnt(tmp_path) == five and "result.json" not in files(tmp_path)
     averaged = load(tmp_path / "checkpoint.pth")["averaged"]
     assert digest(load(tmp_path / "weight_end.pth")) == digest(averaged)
@@ -183,6 +184,12 @@ def test_ctrl_c_in_a_notebook_raises_and_saves(tmp_path, whole, line, saved):
     assert process.wait() != 0 and process.stderr.endswith("KeyboardInterrupt\n")
     assert updates(tmp_path) == saved
     assert begin(tmp_path).wait() == 0 and learnt(tmp_path) == learnt(whole)
+
+
+def test_in_a_notebook_a_stop_request_is_not_one_to_the_next_run(tmp_path, whole):
+    process = begin(tmp_path, at(4, CTRL_C) + f"    train(Args(resume={str(tmp_path)!r}))\n")
+    assert process.wait() == 0 and "goes on at timestep 40" in process.stdout
+    assert ending(tmp_path) == ending(whole)
 
 
 # ---- a run that goes on ends as if nothing had been ----

@@ -251,6 +251,22 @@ def test_under_nohup_a_run_outlives_its_terminal(name, words, tmp_path):
     assert process.wait() == 0, process.stdout
 
 
+@pytest.mark.parametrize("name", [A2C, PLAY])
+def test_a_run_in_the_background_of_a_terminal_is_not_stopped(name, tmp_path):
+    """As after `&`, where the shell's terminal stops whatever reads from it or sets it up."""
+    _, terminal = os.openpty()
+    behind_a_shell = f"""import os
+os.dup2(os.open({os.ttyname(terminal)!r}, os.O_RDWR), 0)
+if pid := os.fork():
+    status = os.waitpid(pid, os.WUNTRACED)[1]
+    os._exit(99 if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status))
+os.setpgid(0, 0)
+"""
+    process = start(name, tmp_path, behind_a_shell + source(name))
+    assert process.wait() == 0, process.stderr
+    assert "film.mp4" in run_in(tmp_path)[1]
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("dqn_cartpole", "episode 1:"), ("mnist", "after epoch 1:")]
 )

@@ -312,7 +312,7 @@ def film(game: Game, path: Path, zoom: int, **options) -> None:
                 again.step(action)
                 screen = again.env.unwrapped.ale.getScreenRGB()  # (210, 160, 3) uint8
                 video.append_data(screen.repeat(zoom, axis=0).repeat(zoom, axis=1))
-        if imageio.get_reader(part).count_frames() < len(game.actions):
+        if round(imageio.get_reader(part).get_meta_data()["duration"] * 15) < len(game.actions):
             raise OSError("its end is missing")  # ffmpeg does not say if it failed
         part.replace(path)
     except Exception as error:
@@ -389,7 +389,6 @@ def play(args: Args) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a few frames are too little work for several threads
     cv2.setNumThreads(1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # ffmpeg would read, and set up, the terminal
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     stops = []  # the times of the signals that ask to stop

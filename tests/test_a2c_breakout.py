@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import multiprocessing
+import os
 import re
 import resource
 import subprocess
@@ -392,6 +393,13 @@ def test_a_rank_without_a_number_of_ranks_is_none(tmp_path):
     flags, env = ["--num-envs", 1, "--total-timesteps", 5], {"RANK": "1", "WORLD_SIZE": ""}
     assert Process(SCRIPT, *flags, "--resume", tmp_path, env=env).wait() == 0
     assert (tmp_path / "result.json").exists()
+
+
+def test_threads_that_openmp_is_told_to_bind_do_not_keep_the_workers_on_one_core():
+    code = """import os; before = os.sched_getaffinity(0)
+import a2c_breakout; assert os.sched_getaffinity(0) == before"""
+    bind = os.environ | {"OMP_PROC_BIND": "true", "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, env=bind, check=True)
 
 
 def test_the_lock_goes_with_a_failed_run_though_its_traceback_stays(tmp_path):

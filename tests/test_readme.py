@@ -23,7 +23,7 @@ WORDS |= {"fiftieth": "50", "million": "1000000"}
 TOOLS = set("--index-url --logdir --no-index --shm-size --slow".split())  # of pip, git ...
 TOOLS |= set("--nnodes --nproc-per-node --node-rank --master-addr --master-port".split())
 TOOLS |= set("--rdzv-backend --rdzv-id --rdzv-endpoint --rdzv-conf --local-addr".split())
-TOOLS |= {"--max-restarts"}  # of torchrun, like the rest of them
+TOOLS |= {"--signals-to-handle", "--max-restarts"}  # of torchrun, like the rest of them
 PACKAGES = {  # import name: requirement, where they differ
     "cv2": "opencv-python",
     "imageio": "imageio[ffmpeg]",

@@ -26,7 +26,7 @@ synchronous; frames and network of Mnih et al., Nature 518, 2015, Methods.
 
     python a2c_breakout.py --num-envs 16                         # 10 million timesteps
     python a2c_breakout.py --resume runs/a2c_breakout__1__...    # goes on, bit for bit on a CPU
-    torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64    # several processes (or machines)
+    OMP_NUM_THREADS=4 torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64     # on 16 cores
 
 A timestep is one decision in one game, four frames of the Atari; to the agent a life is an episode.
 First read compute_returns, compute_losses and learn(), then wrappers, network and work().
@@ -372,7 +372,7 @@ def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage, sta
 def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + gamma * mask_t * R_{t+1}, and R_T = V(s_T) (Mnih et al. 2016, algorithm S3).
 
-    rewards, masks and the returns are (T, N), last_values (N,). A mask of 0 ends a return.
+    Rewards (float32), masks and returns are (T, N), last_values (N,). A mask of 0 ends a return.
     """
     returns, next_returns = torch.empty_like(rewards), last_values
     for t in reversed(range(len(rewards))):

@@ -109,7 +109,7 @@ class Args:
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
         rollout_steps = self.num_envs * self.num_steps  # between two updates
-        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
+        devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (min(self.num_envs, self.num_steps) >= 1, "--num-envs, --num-steps must be 1 or more"),
@@ -137,7 +137,7 @@ SUCCESS_STEPS = 196  # an episode of this many steps or more is a success
 
 
 def make_env(render_mode: str | None = None) -> gym.Env:
-    """CartPole-v1 with the book's 200 steps: states (4,) float32, actions 0 and 1."""
+    """CartPole-v1 with the book's 200 steps, to evaluate and film: states (4,), actions 0 and 1."""
     return gym.make("CartPole-v1", max_episode_steps=MAX_STEPS, render_mode=render_mode)
 
 
@@ -189,8 +189,8 @@ class ActorCritic(nn.Module):
 def compute_returns(rewards: Tensor, masks: Tensor, last_values: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + gamma * mask_t * R_{t+1}, and R_T = V(s_T) (Mnih et al. 2016, algorithm S3).
 
-    rewards, masks and the returns are (T, N), last_values (N,). A mask of 0 ends a return, so that
-    none reaches over a reset.
+    Rewards (float32), masks and returns are (T, N), last_values (N,). A mask of 0 ends a return, so
+    that none reaches over a reset.
     """
     returns, next_returns = torch.empty_like(rewards), last_values
     for t in reversed(range(len(rewards))):

@@ -94,7 +94,7 @@ class Args:
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
-        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
+        devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (1 <= self.num_episodes <= 10**9, "--num-episodes must be from 1 to 10**9"),
@@ -231,7 +231,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
         while not done:
             # 1. act: epsilon-greedy
             explore = rng.random() < epsilon
-            action = int(rng.integers(2)) if explore else network.greedy_action(state)
+            action = rng.integers(env.action_space.n) if explore else network.greedy_action(state)
 
             # 2. step: the reward will be the book's, not CartPole's own
             next_state, _, terminated, truncated, _ = env.step(action)

@@ -167,7 +167,7 @@ class Args:
                 setattr(self, name, kind(getattr(self, name)))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         self.data_dir = Path(os.path.expanduser(self.data_dir))
-        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
+        devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (self.epochs >= 1, "--epochs must be 1 or more"),

@@ -67,8 +67,9 @@ class Args:
         self.weights = Path(os.path.expanduser(self.weights))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         self.seed, self.max_attempts = int(self.seed), int(self.max_attempts)  # of NumPy, perhaps
+        self.full_games = self.full_games and int(self.full_games)
         a_policy = self.weights != PRETRAINED or self.greedy
-        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
+        devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (np.isfinite(self.target_score), "--target-score must be finite"),
             (self.max_attempts >= 1, "--max-attempts must be 1 or more"),

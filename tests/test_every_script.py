@@ -112,6 +112,14 @@ def test_numbers_may_be_numpys_or_whole_floats(name):
     assert all(type(args[name]) is type(value) for name, value in numbers.items())
 
 
+@pytest.mark.parametrize("name", [name for name in EVERY if name != A2C_BREAKOUT])
+def test_flags_alone_do_not_ask_for_a_gpu(name, monkeypatch):
+    """Or the processes of a pool, forked later, could not use it."""
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: pytest.fail("asked"))
+    script.Args()
+
+
 # ---- a run -------------------------------------------------------------------------------------
 
 

@@ -172,7 +172,7 @@ def test_actions_are_drawn_from_the_policy_or_are_the_likeliest():
 
 
 def test_each_game_is_the_same_whatever_is_played_beside_it(played, network):
-    _, games = played(network, frames=120, seed=20, full_games=18)  # a batch of 16, and one of 2
+    _, games = played(network, frames=120, seed=20, full_games=18.0)  # a batch of 16, and one of 2
     assert [game.seed for game in games] == list(range(20, 38))
     assert len({tuple(game.actions) for game in games}) == 18
     for together in (games[0], games[15], games[17]):

@@ -231,7 +231,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
         while not done:
             # 1. act: epsilon-greedy
             explore = rng.random() < epsilon
-            action = rng.integers(env.action_space.n) if explore else network.greedy_action(state)
+            action = int(rng.integers(2)) if explore else network.greedy_action(state)
 
             # 2. step: the reward will be the book's, not CartPole's own
             next_state, _, terminated, truncated, _ = env.step(action)

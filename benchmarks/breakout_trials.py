@@ -8,7 +8,7 @@ docs/results.md has the rule by which the trials are judged. Names, each with a 
     recipe                   the default flags
     outside1e-4              epsilon 1e-4 outside RMSprop's root, as PyTorch has it: sqrt(v) + 1e-4
     inside1e-8               epsilon 1e-8 inside the root, as the paper has it: sqrt(v + 1e-8)
-    inside1e-5_lr2           the same with 1e-5, and with twice the learning rate
+    inside1e-8_lr2           the same, with twice the learning rate
     bootstrap                a game that is cut as idle is worth V of its last state, and not 0
 
 A trial that was stopped (Ctrl-C, SIGTERM) goes on when it is started again; its folder is

@@ -33,7 +33,7 @@ First read compute_returns, compute_losses and learn(), then wrappers, network a
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in flags. The book's are
 --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
-and in the book screens turn gray after the maximum of two is taken. docs/breakout.md says why.
+and there screens turn gray after the maximum of two. docs/breakout.md and docs/book.md say why.
 """
 
 import copy
@@ -136,8 +136,7 @@ class NoopReset(gym.Wrapper):
 class MaxAndSkip(gym.Wrapper):
     """Repeats an action for 4 frames and shows the maximum of the last two, (210, 160) uint8, gray.
 
-    The Atari draws some sprites in every other frame only: the brighter of two pixels shows them.
-    The screens are those of gymnasium.wrappers.AtariPreprocessing, bit for bit.
+    Some sprites are drawn in every other frame only. AtariPreprocessing does the same, bit for bit.
     """
 
     def __init__(self, env: gym.Env, sticky_actions: float = 0.0):
@@ -570,7 +569,7 @@ def read_run(args: Args) -> tuple[Args, dict[str, Any]]:
             if (checkpoint["env_id"], len(checkpoint["envs"])) != (saved.env_id, saved.num_envs):
                 raise ValueError("it is another run's")
     except Exception as error:  # damage makes torch.load raise nearly anything
-        raise ValueError(f"{path} is damaged, or of another version: {error!r:.80}") from None
+        raise ValueError(f"{path} is damaged, or does not fit here: {error!r:.80}") from None
     defaults = Args(**here), Args(saved.env_id, **here)  # a flag at its default was not given
     for name, value in asdict(args).items():
         if value not in (has := getattr(saved, name), *(getattr(x, name) for x in defaults)):
@@ -614,12 +613,11 @@ def train(args: Args) -> dict[str, Any]:
     if RANK == 0:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         lock = open(run_dir / "lock", "w")  # held until it is closed
-        try:
-            os.lockf(lock.fileno(), os.F_TLOCK, 0)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {run_dir}") from None
-        except (AttributeError, OSError):  # Windows and some network disks have no locks
-            pass
+        with suppress(AttributeError, OSError):  # Windows and some network disks have no locks
+            try:
+                os.lockf(lock.fileno(), os.F_TLOCK, 0)
+            except BlockingIOError:
+                raise ValueError(f"another process is training in {run_dir}") from None
     workers = start_workers(args, network, storage, checkpoint.get("envs", []))
     try:
         if WORLD_SIZE > 1:  # after the fork, which would copy the locks of gloo's threads
@@ -658,9 +656,9 @@ if __name__ == "__main__":
     for signum in STOP_SIGNALS:
         if signum == signal.SIGINT or signal.getsignal(signum) == signal.SIG_DFL:  # not nohup's
             signal.signal(signum, request_stop)
-    threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
+        threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError, *[RuntimeError] * (WORLD_SIZE > 1)) as error:  # a rank has gone
@@ -668,3 +666,5 @@ if __name__ == "__main__":
     if stop_requests and signal.SIGINT not in stop_requests:
         sys.exit(128 + min(stop_requests))
     stop_requests.clear()  # in a notebook the next train() is not asked to stop
+    if hasattr(sys, "ps1"):  # and at a prompt, IPython's for example, Ctrl-C is its own again
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -376,17 +376,20 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small for more
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    stopping = threading.Lock()
+        threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
+    first = {}  # when the first signal to stop came
 
     def stop(*_):
-        if stopping.acquire(blocking=False):  # the first: `timeout` and others send two
-            sys.exit(130)  # the weights are saved all the same
+        now = time.monotonic()
+        if not 0 < now - first.setdefault("time", now) < 1:  # `timeout` and others send two at once
+            raise KeyboardInterrupt  # the weights are saved all the same
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -13,7 +13,10 @@ and the loss, the cross-entropy, is large where the true label y was given a low
 
     p(k | x) = exp(z_k) / sum_j exp(z_j),    loss = -log p(y | x)
 
-Adam moves each weight w against m / sqrt(v), from moving means of its gradient g and of g^2:
+To learn is to change the weights w, the numbers in the network, so that the mean loss of a batch
+of 64 images falls a little, then that of the next batch; an epoch is once through all images. The
+gradient g of a weight says how the loss grows with it. Adam moves each weight against m / sqrt(v),
+two moving means, of g and of g^2; lr, the learning rate, sets the size of its steps:
 
     m <- 0.9 m + 0.1 g,    v <- 0.999 v + 0.001 g^2,    w <- w - lr * m / (sqrt(v) + 1e-8)
 
@@ -170,7 +173,7 @@ class Args:
         devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
-            (self.epochs >= 1, "--epochs must be 1 or more"),
+            (1 <= self.epochs <= 10**9, "--epochs must be from 1 to 10**9"),
             (0 < self.learning_rate < float("inf"), "--learning-rate must be above 0 and finite"),
             (1 <= self.batch_size <= 60_000, "--batch-size must be from 1 to 60000"),
             (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
@@ -350,17 +353,20 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # these matrices are too small for more
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    stopping = threading.Lock()
+        threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
+    first = {}  # when the first signal to stop came
 
     def stop(*_):
-        if stopping.acquire(blocking=False):  # the first: `timeout` and others send two
-            sys.exit(130)  # the weights are saved all the same
+        now = time.monotonic()
+        if not 0 < now - first.setdefault("time", now) < 1:  # `timeout` and others send two at once
+            raise KeyboardInterrupt  # the weights are saved all the same
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
-    threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

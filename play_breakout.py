@@ -99,8 +99,7 @@ class NoopReset(gym.Wrapper):
 class MaxAndSkip(gym.Wrapper):
     """Repeats an action for 4 frames and shows the maximum of the last two, (210, 160) uint8, gray.
 
-    The Atari draws some sprites in every other frame only: the brighter of two pixels shows them.
-    The screens are those of gymnasium.wrappers.AtariPreprocessing, bit for bit.
+    Some sprites are drawn in every other frame only. AtariPreprocessing does the same, bit for bit.
     """
 
     def __init__(self, env: gym.Env, sticky_actions: float = 0.0):
@@ -392,11 +391,11 @@ if __name__ == "__main__":
     cv2.setNumThreads(1)
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
-    stops = []  # the times of the signals that ask to stop
+    first = {}  # when the first signal to stop came
 
     def stop(*_):
-        stops.append(time.monotonic())
-        if len(stops) == 1 or stops[-1] > stops[0] + 1:  # `timeout` and others send two at once
+        now = time.monotonic()
+        if not 0 < now - first.setdefault("time", now) < 1:  # `timeout` and others send two at once
             raise KeyboardInterrupt
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:

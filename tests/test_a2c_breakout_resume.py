@@ -306,7 +306,7 @@ def test_a_damaged_or_foreign_run_is_refused_and_kept(copied, monkeypatch):
     for path, damaged in damage:
         before = path.read_bytes()
         path.write_bytes(damaged)
-        everything, why = files(copied), f"^{path} is damaged, or of another version: .+$"
+        everything, why = files(copied), f"^{path} is damaged, or does not fit here: .+$"
         with pytest.raises(ValueError, match=why):
             a2c.train(a2c.Args(resume=copied))
         assert files(copied) == everything  # and no file it_ran

@@ -144,8 +144,30 @@ sys.argv = ['/packages/ipykernel_launcher.py', '-f', 'kernel.json']
 console = sys.stdout
 sys.stdout = codecs.getwriter('utf-8')(console.buffer)  # it has no reconfigure()
 """
-    process = Process(kernel + code, cwd=tmp_path)
+    later = "import threading\nassert threading.excepthook is threading.__excepthook__"  # its own
+    process = Process(kernel + code + later, cwd=tmp_path)
     assert process.wait() == 0 and "Args(" in process.stdout, process.stderr
+
+
+@every_script
+def test_at_a_prompt_ctrl_c_is_a_keyboard_interrupt_again_after_a_run_that_it_ended(name, tmp_path):
+    """As after %run in IPython: a later loop can be ended, too."""
+    code = f"""import os, signal, sys, time
+sys.ps1, interrupt = "> ", lambda *_: os.kill(os.getpid(), signal.SIGINT)
+try:
+    exec({re.sub(r" (train|play)[(]tyro", " interrupt(tyro", source(name))!r})
+except SystemExit as error:
+    print(error)
+time.sleep(1.1)
+try:
+    interrupt()
+    time.sleep(9)
+except KeyboardInterrupt:
+    print("ended")
+"""
+    process = Process(code, cwd=tmp_path)
+    assert process.wait() == 0, process.stderr
+    assert process.stdout == ("" if name == A2C_BREAKOUT else "130\n") + "ended\n"
 
 
 @pytest.mark.parametrize(

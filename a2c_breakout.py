@@ -7,7 +7,7 @@
 # ///
 """Advantage Actor-Critic (A2C) on Atari Breakout, learnt from the screen.
 
-One network looks at the last four frames, one a decision, and gives two answers: V(s), the
+One network sees the screens of the last four decisions, and gives two answers: V(s), the
 discounted return to expect from here (the critic), and pi(a|s), the probability of each action (the
 actor). Sixteen games are played side by side for five steps; these 80 transitions then make one
 gradient step, and are forgotten: their returns are this policy's, not the next one's (on-policy).
@@ -33,7 +33,7 @@ First read compute_returns, compute_losses and learn(), then wrappers, network a
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in flags. The book's are
 --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
-and there screens turn gray after the maximum of two. docs/breakout.md and docs/book.md say why.
+and MaxAndSkip's maximum is taken in colour. docs/breakout.md and docs/book.md say why.
 """
 
 import copy
@@ -66,7 +66,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-# torchrun starts this file once for each rank and says so here; started by hand, it is rank 0 of 1.
+# torchrun starts this file several times, each one a rank, and says so here; by hand: rank 0 of 1.
 RANK = int(os.environ.get("RANK") or 0) % (WORLD_SIZE := int(os.environ.get("WORLD_SIZE") or 1))
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 stop_requests: dict[int, float] = {}  # signals, and when they first came: see request_stop
@@ -468,7 +468,7 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
             optimizer.step()
             # The mean weights are for play: one update can be bad. Every tenth is enough.
             if update % 10 == 0 or args.average_decay == 0:
-                decay = min(args.average_decay, update / (update + 100))  # at first the last tenth
+                decay = min(args.average_decay, update / (update + 100))  # forget the random start
                 for mean, weight in zip(averaged.parameters(), parameters):
                     mean.lerp_(weight.detach().cpu(), 1 - decay)
 

@@ -9,10 +9,10 @@
 
 A cart is pushed so that the pole on it stays up. In each step the agent sees a state s (where cart
 and pole are, and how fast), takes an action a (push left or right), and gets a reward r. The return
-is the sum of all the rewards to come, one k steps ahead multiplied by gamma^k (gamma is 0.99). One
+is the sum of all the rewards to come, one that is k steps ahead times gamma^k (gamma is 0.99). One
 network gives two answers: pi(a|s), the probability with which each action is taken, called the
 policy (the actor), and V(s), the return to expect from state s if this policy acts (the critic).
-Five steps in 32 environments, a rollout, make one update of both, and are then forgotten:
+T = 5 steps in N = 32 environments, a rollout, make one update of both, and are then forgotten:
 
     R_t  = r_t + gamma R_{t+1}      or r_t alone where step t ended an episode; R_5 = V(s_5)
     A_t  = R_t - V(s_t)             the advantage: how much better it went than the critic thought
@@ -35,7 +35,7 @@ actions that are tried (exploration) show what they bring. 0.5 and 0.01 weigh th
 There is no replay memory: A_t tells how good an action was if the policy goes on as it is. Steps of
 an older policy would teach the wrong thing: A2C is on-policy. In place of a memory, 32 poles,
 soon at different points of their episodes, make the 160 steps of a batch differ; a network trained
-on steps that are all alike forgets all others.
+on steps that are all alike forgets the other kinds.
 
 This is algorithm S3 of Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning", ICML
 2016, but one update, by Adam, serves all environments. a2c_breakout.py has the same loop for Atari.

@@ -15,7 +15,7 @@ after every other episode; in between, its values stand still.
 The second is Double Q-learning. The maximum over noisy estimates is too high on average: it picks
 whichever action is overestimated, and a network that learns from its own maximum feeds the error
 back to itself. So the network being trained picks the action, and the target network, whose errors
-are partly others, says what it is worth:
+partly differ, says what it is worth:
 
     a*   = argmax_a' Q(s', a')
     y    = r + gamma * Q_target(s', a*)        (y = r where the episode ended)
@@ -233,7 +233,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             explore = rng.random() < epsilon
             action = int(rng.integers(2)) if explore else network.greedy_action(state)
 
-            # 2. step: the reward will be the book's, not CartPole's own
+            # 2. step: CartPole's own reward, 1 in every step, is not used
             next_state, _, terminated, truncated, _ = env.step(action)
             # The time limit (truncated) is an end too, as to reach it is the goal here. In most
             # other tasks the rewards to come still count then, and only `terminated` ends them.

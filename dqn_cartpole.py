@@ -9,7 +9,7 @@
 
 A cart is pushed so that the pole on it stays up. In each step the agent sees a state s (where cart
 and pole are, and how fast), takes an action a (push left or right), and gets a reward r and the
-next state s'. The return is the sum of all the rewards to come, one k steps ahead multiplied by
+next state s'. The return is the sum of all the rewards to come, one that is k steps ahead times
 gamma^k (gamma is 0.99): later counts less. Q(s, a), the value of a in s, is the expected return if
 you take action a in state s and act optimally afterwards. A network estimates it, and each
 transition (s, a, r, s') moves the estimate towards a target y, one step ahead:
@@ -26,7 +26,7 @@ The agent takes the action of the highest Q (greedy) or, with probability epsilo
 exploration. Without it, an action that once looked worse might never be taken again, even if it is
 better.
 
-Consecutive steps resemble each other, and a network trained on them in order forgets all others.
+Consecutive steps resemble each other, and a network trained on them in order forgets earlier ones.
 Hence the replay memory: after each step an update draws a random batch from the last 10,000
 transitions. Those of an earlier, worse agent serve too: what follows from s and a is the same for
 any agent, and y asks what the best next action is worth, not which one was taken. So Q-learning, as
@@ -238,7 +238,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             explore = rng.random() < epsilon
             action = int(rng.integers(2)) if explore else network.greedy_action(state)
 
-            # 2. step: the reward will be the book's, not CartPole's own
+            # 2. step: CartPole's own reward, 1 in every step, is not used
             next_state, _, terminated, truncated, _ = env.step(action)
             # The time limit (truncated) is an end too, as to reach it is the goal here. In most
             # other tasks the rewards to come still count then, and only `terminated` ends them.

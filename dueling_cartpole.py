@@ -232,7 +232,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             explore = rng.random() < epsilon
             action = int(rng.integers(2)) if explore else network.greedy_action(state)
 
-            # 2. step: the reward will be the book's, not CartPole's own
+            # 2. step: CartPole's own reward, 1 in every step, is not used
             next_state, _, terminated, truncated, _ = env.step(action)
             # The time limit (truncated) is an end too, as to reach it is the goal here. In most
             # other tasks the rewards to come still count then, and only `terminated` ends them.

@@ -14,12 +14,12 @@ temporal-difference (TD) error delta_i is large, and is drawn with the probabili
     delta_i = y_i - Q(s_i, a_i)
     p_i     = |delta_i| + 0.0001
     P(i)    = p_i^alpha / sum_k p_k^alpha
-    w_i     = (N * P(i))^-beta     (importance weight, times the loss; N transitions are held)
+    w_i     = (N * P(i))^-beta     (importance: multiplies the loss; N transitions are held)
 
-An alpha below 1 flattens the priorities, and 0 makes all alike. What is drawn twice as often counts
-twice, and Q would learn a wrong mean; w_i corrects a part of this bias, all of it with a beta of 1.
-Each batch's w_i are divided by the largest of them, so that they only lower a loss. The rest is
-ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py per_cartpole.py
+An alpha below 1 flattens the priorities, and 0 makes all alike. Q(s, a) is a mean over what may
+follow; what is drawn more often pulls it to its side (a bias). w_i corrects a part of that, all of
+it with a beta of 1. Each batch's w_i are divided by their largest, so that they only lower a loss.
+The rest is ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py per_cartpole.py
 
 Schaul, Quan, Antonoglou, Silver, "Prioritized Experience Replay", ICLR 2016, sections 3.3 and 3.4.
 
@@ -41,7 +41,7 @@ drawing one transition from each equal part of their sum; a learning rate a quar
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
 - A moving average of the weights is kept, as the last update can be bad: --average-decay 0
-- alpha is 0.6 and beta 0.4, as at the paper's start; the book's are 1 and 0: --alpha 1 --beta 0
+- alpha is 0.6 and beta 0.4, where the paper's begins; the book's are 1 and 0: --alpha 1 --beta 0
 - A draw returns the transition on which its random point falls, in the book the one after it.
 - The target network starts as a copy of the network, in the book as another random one.
 - The memory is one table, not a list of named tuples; a batch is drawn with replacement.
@@ -202,7 +202,7 @@ class ReplayMemory:
         """Stores one transition, with states (4,), in place of the oldest if the memory is full."""
         row = self.pushes % len(self.table)
         self.table[row] = state, action, reward, next_state, not done
-        self.priorities[row] = PRIORITY_EPSILON**self.alpha  # TD error 0 until recomputed
+        self.priorities[row] = PRIORITY_EPSILON**self.alpha  # TD error 0: seldom drawn till step 5
         self.pushes += 1
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:
@@ -279,7 +279,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
             explore = rng.random() < epsilon
             action = int(rng.integers(2)) if explore else network.greedy_action(state)
 
-            # 2. step: the reward will be the book's, not CartPole's own
+            # 2. step: CartPole's own reward, 1 in every step, is not used
             next_state, _, terminated, truncated, _ = env.step(action)
             # The time limit (truncated) is an end too, as to reach it is the goal here. In most
             # other tasks the rewards to come still count then, and only `terminated` ends them.

@@ -3,10 +3,12 @@
 Tests marked slow are skipped unless pytest is given --slow.
 """
 
+import faulthandler
 import functools
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,9 +43,17 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def nothing_goes_on():
-    """What a test has started ends with it."""
+    """What a test has started ends with it, and a test that hangs ends them all."""
+    faulthandler.dump_traceback_later(1800, exit=True)
     yield
+    faulthandler.cancel_dump_traceback_later()
     launch.end_all()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_litter(tmp_path_factory):
+    """What is written beside the folders of the tests goes where pytest tidies up."""
+    tempfile.tempdir = str(tmp_path_factory.mktemp("tmp"))
 
 
 @pytest.fixture(scope="session")

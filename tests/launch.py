@@ -57,7 +57,7 @@ def state(pid: int) -> str:
 def wait_for(condition, seconds: float = 20) -> bool:
     deadline = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.01)
     return found
 
 
@@ -100,9 +100,8 @@ class Process:
 
     def until(self, words: str) -> "Process":
         """Waits until it has printed something."""
-        while words not in self.stdout:
-            assert self.returncode is None, self.stderr
-            time.sleep(0.01)
+        assert wait_for(lambda: words in self.stdout or self.returncode is not None, 120)
+        assert words in self.stdout, self.stderr
         return self
 
     def send_signal(self, signum: int) -> None:

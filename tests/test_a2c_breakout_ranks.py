@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 import torch
 from launch import Process, children, gone, wait_for
 from short_runs import curves
@@ -14,15 +15,15 @@ from test_a2c_breakout import SCRIPT, SOURCE, at, load, one_line, slow
 from test_a2c_breakout_resume import CTRL_C, FLAGS, begin, digest
 
 
-def ranks(run_dir, *scripts, **changes) -> list:
-    """Begins a run as torchrun does, a script for each rank."""
+def ranks(run_dir, *scripts, folders=None, **changes) -> list:
+    """Begins a run as torchrun does, a script for each rank, in one folder or in several."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [
-        begin(run_dir, script, env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, **changes)
-        for rank, script in enumerate(scripts)
+        begin(folder, script, env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, **changes)
+        for rank, (script, folder) in enumerate(zip(scripts, folders or [run_dir] * 2))
     ]
 
 
@@ -56,9 +57,15 @@ def test_two_ranks_make_the_run_of_one_process(tmp_path):
     assert lengths[0] == lengths[1] != []
 
 
-def test_ranks_with_different_flags_are_refused_in_a_line_each(tmp_path):
-    other = SOURCE.replace("entropy_coef: float = 0.01", "entropy_coef: float = 0.02")
-    pair = ranks(tmp_path, SOURCE, other)
+@pytest.mark.parametrize("what", ["flags", "checkpoints"])
+def test_ranks_with_different_flags_or_checkpoints_are_refused_in_a_line_each(what, tmp_path):
+    other, folders = SOURCE, None
+    if what == "flags":
+        other = SOURCE.replace("entropy_coef: float = 0.01", "entropy_coef: float = 0.02")
+    else:  # node 1 does not see the folder in which node 0 goes on
+        folders = tmp_path / "run", tmp_path / "empty"
+        assert begin(folders[0], at(4, CTRL_C)).wait() == 0
+    pair = ranks(tmp_path, SOURCE, other, folders=folders)
     for rank, process in enumerate(pair):
         line = "the ranks were given different flags, or see different checkpoints"
         assert one_line(process) == f"error: rank {rank}: {line}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import Process, children, gone, state, wait_for
-from short_runs import curves
+from short_runs import Bomb, curves
 from test_a2c_breakout import PONG, SCRIPT, SOURCE, a2c, at, load, one_line, slow, train
 
 FLAGS = {"num_envs": 2, "num_steps": 4, "total_timesteps": 160, "checkpoint_every": 3,
@@ -106,10 +106,12 @@ def test_a_stop_request_saves_the_update_that_is_under_way(tmp_path, five, signu
 def test_output_that_nobody_reads_any_more_is_a_stop_request(tmp_path, five, ctrl_c, code):
     """As with `| head`, and with `| tee`, of which Ctrl-C ends the tee, too."""
     os.mkfifo(tmp_path / "pipe")
-    script = at(4, CTRL_C) if ctrl_c else SCRIPT
+    script = at(4, CTRL_C) if ctrl_c else at(3, f"os.kill({SELF}, signal.SIGSTOP)")
     process = begin(tmp_path, script, output=tmp_path / "pipe", checkpoint_every=4 + ctrl_c)
     with open(tmp_path / "pipe") as head:
         assert any("begins in" in line for line in head)
+        assert ctrl_c or wait_for(lambda: state(process.pid) == "T")  # before its next line
+    process.send_signal(signal.SIGCONT)
     assert process.wait() == code and process.stderr == ""
     assert learnt(tmp_path) == five
 
@@ -118,16 +120,15 @@ def test_output_that_nobody_reads_any_more_is_a_stop_request(tmp_path, five, ctr
 def test_a_terminal_that_is_closed_is_a_stop_request(tmp_path, five, nohup, code):
     """Where SIGHUP is ignored, the next line that cannot be printed is."""
     ours, theirs = os.openpty()
-    script = at(4, f"os.kill({SELF}, signal.SIGSTOP)")  # until the terminal is closed
+    script = at(4 - nohup, f"os.kill({SELF}, signal.SIGSTOP)")  # until the terminal is closed
     if nohup:
-        ignore = "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        script = ignore + at(1, f"os.kill({SELF}, signal.SIGHUP)")
+        script = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + script
     process = begin(tmp_path, script, output=os.ttyname(theirs), checkpoint_every=4)
     with open(ours, "rb") as terminal:
         while b"begins in" not in terminal.readline():
             pass
         os.close(theirs)
-        assert nohup or wait_for(lambda: state(process.pid) == "T")
+        assert wait_for(lambda: state(process.pid) == "T")
     assert process.wait() == code and process.stderr == ""
     assert learnt(tmp_path) == five
 
@@ -221,6 +222,20 @@ def test_a_run_that_is_ended_again_and_again_leaves_no_trace(whole, tmp_path):
     assert gone(hanging) and ending(tmp_path) == ending(whole)
 
 
+def test_its_curves_of_losses_go_on_and_the_time_between_its_starts_does_not_count(tmp_path):
+    often = lambda code: code.replace("% 100 == 0", "% 4 == 0")  # noqa: E731
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert begin(one, often(SOURCE)).wait() == begin(two, often(at(9, CTRL_C))).wait() == 0
+    content = load(two / "checkpoint.pth")
+    content["progress"]["seconds"] = 1000.0
+    torch.save(content, two / "checkpoint.pth")
+    assert begin(two, often(SOURCE)).wait() == 0
+    shown = curves(one), curves(two)
+    speeds = [each.pop("charts/SPS")[-1][1] for each in shown]
+    assert shown[0] == shown[1] and len(shown[0]["losses/entropy"]) == 5
+    assert speeds[1] == pytest.approx(160 / 1000, rel=0.1) and speeds[0] > 1
+
+
 @slow
 def test_spawned_workers_make_the_run_of_forked_ones(whole, tmp_path):
     (tmp_path / "spawn.py").write_text(SOURCE.replace('"fork" if', '"spawn" if'))
@@ -287,11 +302,6 @@ def test_what_was_not_given_is_not_refused(tmp_path):
         assert json.loads((tmp_path / "args.json").read_text())["max_idle_steps"] == 9
 
 
-class Malicious:
-    def __reduce__(self):
-        return Path("it_ran").touch, ()
-
-
 def test_a_damaged_or_foreign_run_is_refused_and_kept(copied, monkeypatch):
     monkeypatch.chdir(copied)
     path, args = copied / "checkpoint.pth", copied / "args.json"
@@ -300,7 +310,7 @@ def test_a_damaged_or_foreign_run_is_refused_and_kept(copied, monkeypatch):
               (path, (copied / "weight_end.pth").read_bytes()), (args, b'{"seed": '),
               (args, b'{"seed": 0, "num_episodes": 500}'),  # of another script
               (args, json.dumps(flags | {"bf16": False}).encode())]  # fmt: skip  # of version 0.2
-    for other in (Malicious(), [1, 2], *({"env_id": PONG}, {"envs": [1, 2, 3]})):
+    for other in (Bomb(), [1, 2], *({"env_id": PONG}, {"envs": [1, 2, 3]})):
         torch.save(content | other if isinstance(other, dict) else other, copied / "other.pth")
         damage.append((path, (copied / "other.pth").read_bytes()))
     for path, damaged in damage:
@@ -309,7 +319,7 @@ def test_a_damaged_or_foreign_run_is_refused_and_kept(copied, monkeypatch):
         everything, why = files(copied), f"^{path} is damaged, or does not fit here: .+$"
         with pytest.raises(ValueError, match=why):
             a2c.train(a2c.Args(resume=copied))
-        assert files(copied) == everything  # and no file it_ran
+        assert files(copied) == everything  # and no folder bomb
         path.write_bytes(before)
     args.unlink()
     everything = files(copied)

@@ -6,7 +6,6 @@ test_diff.py holds the ends of the files together, so that one script can be tes
 import importlib
 import io
 import json
-import os
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
-from short_runs import A2C, CARTPOLE, Q_LEARNING, SHORT, curves
+from short_runs import A2C, CARTPOLE, Q_LEARNING, SHORT, Bomb, curves
 
 RESULT = "seed seconds versions solved_episode episodes steps steps_per_second eval_mean eval_std"
 TAGS = {"charts/episode", "charts/episodic_length", "charts/SPS"}
@@ -176,12 +175,6 @@ def test_an_evaluation_episode_has_200_steps_at_most(name):
 # ---- weights that are not ours -----------------------------------------------------------------
 
 
-class Boom:
-    """Pickles as a call that would make a folder."""
-
-    __reduce__ = lambda self: (os.mkdir, ("boom",))  # noqa: E731
-
-
 @of_both_kinds
 def test_weights_that_are_not_ours_are_refused_with_the_reason(name, finished, tmp_path):
     good = (finished(name)[0] / "weight_end.pth").read_bytes()
@@ -198,7 +191,7 @@ def test_weights_that_are_not_ours_are_refused_with_the_reason(name, finished, t
     for content in (b"", b"noise" * 100, good[:1000]):
         bad.write_bytes(content)
         refuse("is damaged")
-    for foreign in ([1, 2], torch.zeros(3), {"fc1": 1}, Boom(), narrower):
+    for foreign in ([1, 2], torch.zeros(3), {"fc1": 1}, Bomb(), narrower):
         torch.save(foreign, bad)
         refuse("is damaged")
     torch.save({layer: weight / 0 for layer, weight in weights.items()}, bad)
@@ -207,4 +200,4 @@ def test_weights_that_are_not_ours_are_refused_with_the_reason(name, finished, t
     refuse(r"is .* of another network. size mismatch for fc1.weight.*8, 4.*32, 4")
     with pytest.raises(OSError):
         run_once(name, runs, weights="/proc/self/mem")  # not damaged: it cannot be read
-    assert not runs.exists() and not Path("boom").exists()
+    assert not runs.exists() and not Path("bomb").exists()

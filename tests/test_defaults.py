@@ -35,5 +35,5 @@ PLACES = {"device", "runs_dir", "data_dir"}
 def test_defaults(name):
     args = vars(importlib.import_module(name).Args())
     if name == "play_breakout":
-        del args["weights"]  # test_play_breakout.py looks at them
+        del args["weights"]  # test_pretrained.py looks at them
     assert {flag: value for flag, value in args.items() if flag not in PLACES} == DEFAULTS[name]

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from launch import wait_for
 from short_runs import (
     ARRAYS, CONTENTS, FILES, HASHES, MIRRORS, NAMES, NO_MIRROR, PACKED, TEST_IMAGES, TEST_LABELS,
     TRAIN_IMAGES, curves, make_data, pack_idx, put_digits, source, start,
@@ -180,10 +182,11 @@ def test_bad_mirror_is_named_and_the_next_one_is_used(tmp_path, monkeypatch, mir
 
 def test_killed_download_leaves_nothing(tmp_path, mirror):
     code = source("mnist").replace(NO_MIRROR, f"{mirror.url}/stops/")
-    run = start("mnist", tmp_path, code, data_dir="data").until("downloading")
+    run = start("mnist", tmp_path, code, data_dir="data")
+    assert wait_for(lambda: mirror.requests)
+    time.sleep(0.5)  # half of the file has come, and no more will
     run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not list((tmp_path / "data").glob("*"))
+    assert run.wait() == -signal.SIGKILL and not list((tmp_path / "data").iterdir())
 
 
 @pytest.mark.parametrize("place", [TRAIN_IMAGES, KAGGLE, f"a/{GZ}", f"{TRAIN_IMAGES}/{KAGGLE}"])

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -17,7 +16,7 @@ import pytest
 import torch
 from launch import Process
 from PIL import Image
-from short_runs import policy, source, start
+from short_runs import Bomb, policy, source, start
 
 import a2c_breakout
 import play_breakout
@@ -323,12 +322,6 @@ def test_weights_of_every_kind_are_read(network, tmp_path):
             assert weight.dtype == torch.float32 and torch.allclose(weight, own[name], atol=1e-3)
 
 
-class Bomb:
-    """Pickles as a call that would make a folder."""
-
-    __reduce__ = lambda self: (os.mkdir, ("bomb",))  # noqa: E731
-
-
 def test_bad_weights_are_refused_and_their_fault_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good, whole = torch.load(policy()), policy().read_bytes()
@@ -394,7 +387,8 @@ def test_a_first_look_at_the_game_shows_its_actions_and_its_screen(tmp_path):
 @pytest.mark.parametrize("ctrl_c", [False, True], ids=["head", "tee"])
 def test_a_reader_that_goes_away_costs_neither_result_nor_film(ctrl_c, tmp_path):
     """As head does after its lines, and tee at Ctrl-C, which ends play_breakout.py as well."""
-    flags = ["--weights", policy(), "--runs-dir", tmp_path, "--max-attempts", "6"]
+    attempts = "100" if ctrl_c else "6"
+    flags = ["--weights", policy(), "--runs-dir", tmp_path, "--max-attempts", attempts]
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *flags], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -3,10 +3,13 @@
 Their commands are run, or parsed, in test_readme_commands.py.
 """
 
+import csv
+import math
 import re
 import sys
 import tomllib
 from pathlib import Path
+from statistics import mean, median, stdev
 
 import pytest
 
@@ -24,6 +27,8 @@ TOOLS = set("--index-url --logdir --no-index --shm-size --slow".split())  # of p
 TOOLS |= set("--nnodes --nproc-per-node --node-rank --master-addr --master-port".split())
 TOOLS |= set("--rdzv-backend --rdzv-id --rdzv-endpoint --rdzv-conf --local-addr".split())
 TOOLS |= {"--signals-to-handle", "--max-restarts"}  # of torchrun, like the rest of them
+LONG = ["10m_seed1", "10m_seed2", "10m_seed3"]
+SHORT = ["3m6_seed4", "3m6_seed5", "3m6_seed6"]
 PACKAGES = {  # import name: requirement, where they differ
     "cv2": "opencv-python",
     "imageio": "imageio[ffmpeg]",
@@ -82,6 +87,32 @@ def rows(name: str) -> list[list[str]]:
     """The cells of all rows of its tables, without the rules below the headers."""
     found = re.findall(r"^\|(.*)\|$", read(name), re.M)
     return [[cell.strip() for cell in row.split("|")] for row in found if row.strip("-| ")]
+
+
+def results(name: str) -> list[dict[str, str]]:
+    with open(ROOT / "benchmarks" / "results" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_front_page_shows_what_the_raw_rows_say():
+    shown = {row[0]: row[1:] for row in rows("README.md")}
+    digits = [row for row in results("mnist_accuracy") if row["recipe"] == "default"]
+    digits = [float(row["accuracy"]) for row in digits]
+    assert f"{mean(digits):.1%} correct" in shown["[mnist.py](mnist.py)"] and len(digits) == 20
+    for name in ("dqn", "ddqn", "dueling", "per", "a2c"):
+        runs = results(f"cartpole_{name}")
+        solved = [int(run["solved_episode"]) for run in runs if run["solved_episode"]]
+        _, _, result, steps, _ = shown[f"[{name}_cartpole.py]({name}_cartpole.py)"]
+        assert f"{len(solved)} of {len(runs)} seeds, episode {median(solved):g}" in result
+        middle = median(int(run["steps"]) for run in runs)
+        assert steps == f"{math.floor(middle + 0.5):,}"
+    for timesteps, names in {"10,000,000": LONG, "3,600,000": SHORT}.items():
+        runs = [results(f"breakout_scores_{name}") for name in names]
+        runs = [[float(row["score"]) for row in run] for run in runs]
+        means, games = [mean(run) for run in runs], sum(runs, [])
+        cleared = mean(score >= 432 for score in games)
+        cells = [f"{mean(means):.1f} ± {stdev(means):.0f}", f"{median(games):g}", f"{cleared:.0%}"]
+        assert shown[timesteps][:3] == cells and len(games) == 100 * len(runs)
 
 
 def numbers(text: str) -> set[str]:

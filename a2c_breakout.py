@@ -232,8 +232,7 @@ def make_env(env_id: str, max_idle_steps: int = 0, sticky_actions: float = 0.0) 
     gym.register_envs(ale_py)
     if env_id not in gym.registry or not env_id.endswith("NoFrameskip-v4"):
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
-    # From frame 65,536 on, Breakout's cartridge serves no ball. Other games may last 108,000.
-    frames = 65_536 if env_id.startswith("Breakout") else 108_000
+    frames = 65_536 if env_id.startswith("Breakout") else 108_000  # later it serves no ball
     # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
     game = NoopReset(gym.make(env_id, obs_type="ram", max_num_frames_per_episode=frames).unwrapped)
     return FrameStack(Warp(EpisodicLife(MaxAndSkip(game, sticky_actions), max_idle_steps)))
@@ -661,10 +660,11 @@ if __name__ == "__main__":
         threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
+        if stop_requests and signal.SIGINT not in stop_requests:
+            sys.exit(128 + min(stop_requests))
     except (ValueError, OSError, *[RuntimeError] * (WORLD_SIZE > 1)) as error:  # a rank has gone
         sys.exit(f"error: {error}" if WORLD_SIZE == 1 else f"error: rank {RANK}: {error}")
-    if stop_requests and signal.SIGINT not in stop_requests:
-        sys.exit(128 + min(stop_requests))
-    stop_requests.clear()  # in a notebook the next train() is not asked to stop
-    if hasattr(sys, "ps1"):  # and at a prompt, IPython's for example, Ctrl-C is its own again
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    finally:
+        stop_requests.clear()  # in a notebook the next train() is not asked to stop
+        if hasattr(sys, "ps1"):  # and at a prompt, IPython's for example, Ctrl-C is its own again
+            signal.signal(signal.SIGINT, signal.default_int_handler)

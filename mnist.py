@@ -15,8 +15,8 @@ and the loss, the cross-entropy, is large where the true label y was given a low
 
 To learn is to change the weights w, the numbers in the network, so that the mean loss of a batch
 of 64 images falls a little, then that of the next batch; an epoch is once through all images. The
-gradient g of a weight says how the loss grows with it. Adam moves each weight against m / sqrt(v),
-two moving means, of g and of g^2; lr, the learning rate, sets the size of its steps:
+gradient g of a weight says how the loss grows with it. Adam moves each weight against m / sqrt(v):
+m and v are moving means, of g and of g^2; lr, the learning rate, sets the size of its steps:
 
     m <- 0.9 m + 0.1 g,    v <- 0.999 v + 0.001 g^2,    w <- w - lr * m / (sqrt(v) + 1e-8)
 

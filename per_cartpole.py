@@ -41,7 +41,7 @@ drawing one transition from each equal part of their sum; a learning rate a quar
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
 - A moving average of the weights is kept, as the last update can be bad: --average-decay 0
-- alpha is 0.6 and beta 0.4, where the paper's begins; the book's are 1 and 0: --alpha 1 --beta 0
+- alpha is 0.6 and beta 0.4, the paper's first; the book's are 1 and 0: --alpha 1 --beta 0
 - A draw returns the transition on which its random point falls, in the book the one after it.
 - The target network starts as a copy of the network, in the book as another random one.
 - The memory is one table, not a list of named tuples; a batch is drawn with replacement.

@@ -32,6 +32,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.stderr = os.dup(2)  # in a test pytest has it captured
     config.addinivalue_line("markers", "slow: takes long; only with --slow")
 
 
@@ -42,9 +43,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def nothing_goes_on():
-    """What a test has started ends with it, and a test that hangs ends them all."""
-    faulthandler.dump_traceback_later(1800, exit=True)
+def nothing_goes_on(pytestconfig):
+    """What a test has started ends with it. One that hangs says where, and ends all tests."""
+    faulthandler.dump_traceback_later(1800, exit=True, file=pytestconfig.stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
     launch.end_all()

@@ -232,7 +232,7 @@ def make_env(env_id: str, max_idle_steps: int = 0, sticky_actions: float = 0.0) 
     gym.register_envs(ale_py)
     if env_id not in gym.registry or not env_id.endswith("NoFrameskip-v4"):
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
-    frames = 65_536 if env_id.startswith("Breakout") else 108_000  # later it serves no ball
+    frames = 65_536 if env_id.startswith("Breakout") else 108_000  # Breakout serves no ball later
     # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
     game = NoopReset(gym.make(env_id, obs_type="ram", max_num_frames_per_episode=frames).unwrapped)
     return FrameStack(Warp(EpisodicLife(MaxAndSkip(game, sticky_actions), max_idle_steps)))

@@ -195,7 +195,7 @@ def make_env(env_id: str, whole_games: bool, sticky_actions: float = 0.0) -> gym
     gym.register_envs(ale_py)
     if env_id not in gym.registry or not env_id.endswith("NoFrameskip-v4"):
         raise ValueError(f"--env-id {env_id}: not a game of ale-py, <Game>NoFrameskip-v4")
-    frames = 65_536 if env_id.startswith("Breakout") else 108_000  # later it serves no ball
+    frames = 65_536 if env_id.startswith("Breakout") else 108_000  # Breakout serves no ball later
     # MaxAndSkip reads the screen itself; RAM is the cheapest observation to ask for.
     game = gym.make(env_id, obs_type="ram", max_num_frames_per_episode=frames).unwrapped
     screens = MaxAndSkip(NoopReset(game) if whole_games else game, sticky_actions)

@@ -492,7 +492,7 @@ def learn(args: Args, network, storage, workers, run_dir: Path, checkpoint: dict
     finally:
         save(run_dir / "weight_end.pth", averaged.state_dict())
     if RANK == 0:
-        writer.close()  # not after an error, which may have left it with a lock: it would hang
+        writer.close()  # not after an error: it may hold a lock then, and hang
     return progress
 
 

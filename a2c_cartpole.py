@@ -229,10 +229,10 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
     lengths: deque[int] = deque(maxlen=10)  # of environment 0's last episodes, in steps
     episode = -1  # of environment 0: none has ended yet
     timesteps, update, start = 0, 0, time.perf_counter()
-    last_start = args.total_timesteps - args.num_envs * args.num_steps  # of a rollout that fits in
+    rollout_steps = args.num_envs * args.num_steps
     bar = tqdm(total=args.total_timesteps, unit="timestep", disable=not sys.stderr)
 
-    while timesteps <= last_start and last_lengths.min() < SUCCESS_STEPS:
+    while timesteps + rollout_steps <= args.total_timesteps and last_lengths.min() < SUCCESS_STEPS:
         # 1. rollout: T steps in each of N environments
         rollout = []
         for _ in range(args.num_steps):
@@ -365,9 +365,9 @@ def train(args: Args) -> dict:
         if not args.weights:
             writer = SummaryWriter(run_dir, flush_secs=1)
             outcome = learn(args, network, averaged, writer)
-            writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
+            writer.close()  # not after Ctrl-C: it may hold a lock then, and hang
     finally:  # after Ctrl-C as well
-        content = io.BytesIO()  # on a full disk torch.save itself would raise no OSError
+        content = io.BytesIO()  # torch.save's own error on a full disk is no OSError
         torch.save(averaged.state_dict(), content)
         save(run_dir / "weight_end.pth", content.getvalue())
         print(f"The weights are in {run_dir}")

@@ -22,14 +22,13 @@ estimate for s' (bootstrapping), and so the reward at an episode's end spreads t
 it, a step at a time. Huber(d) is d^2 / 2 up to |d| = 1, |d| - 1/2 beyond: a slope from -1 to 1.
 
 The agent takes the action of the highest Q (greedy) or, with probability epsilon = 0.5 / (episode +
-1), a random one: less often in each episode, as Q should be better by then. This is epsilon-greedy
-exploration. Without it, an action that once looked worse might never be taken again, even if it is
-better.
+1), a random one: less and less often, as Q should get better. This is epsilon-greedy exploration.
+Without it, an action that once looked worse might never be taken again, even if it is better.
 
 Consecutive steps resemble each other, and a network trained on them in order forgets earlier ones.
 Hence the replay memory: after each step an update draws a random batch from the last 10,000
-transitions. Those of an earlier, worse agent serve too: what follows from s and a is the same for
-any agent, and y asks what the best next action is worth, not which one was taken. So Q-learning, as
+transitions. Those of an earlier, worse agent serve too: r and s' after s and a are the same for any
+agent, and y asks what the best next action is worth, not which one was taken. So Q-learning, as
 this is called, learns from any policy (a rule that says how to act): it is off-policy.
 
 Mnih et al., "Playing Atari with Deep Reinforcement Learning", 2013 (arXiv 1312.5602), algorithm 1.
@@ -214,7 +213,7 @@ def td_targets(network: QNetwork, batch: Batch, gamma: float) -> Tensor:
 
 
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
-    """Trains the network until its own episodes, random actions included, solve the task, if ever.
+    """Trains until the network's episodes, random actions included, solve the task, or to the end.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns
     the episode that solved the task (from 0, or None), and how many episodes and steps were played,
@@ -351,9 +350,9 @@ def train(args: Args) -> dict:
         if not args.weights:
             writer = SummaryWriter(run_dir, flush_secs=1)
             outcome = learn(args, network, averaged, writer)
-            writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
+            writer.close()  # not after Ctrl-C: it may hold a lock then, and hang
     finally:  # after Ctrl-C as well
-        content = io.BytesIO()  # on a full disk torch.save itself would raise no OSError
+        content = io.BytesIO()  # torch.save's own error on a full disk is no OSError
         torch.save(averaged.state_dict(), content)
         save(run_dir / "weight_end.pth", content.getvalue())
         print(f"The weights are in {run_dir}")

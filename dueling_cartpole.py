@@ -207,7 +207,7 @@ def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma:
 
 
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
-    """Trains the network until its own episodes, random actions included, solve the task, if ever.
+    """Trains until the network's episodes, random actions included, solve the task, or to the end.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns
     the episode that solved the task (from 0, or None), and how many episodes and steps were played,
@@ -349,9 +349,9 @@ def train(args: Args) -> dict:
         if not args.weights:
             writer = SummaryWriter(run_dir, flush_secs=1)
             outcome = learn(args, network, averaged, writer)
-            writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
+            writer.close()  # not after Ctrl-C: it may hold a lock then, and hang
     finally:  # after Ctrl-C as well
-        content = io.BytesIO()  # on a full disk torch.save itself would raise no OSError
+        content = io.BytesIO()  # torch.save's own error on a full disk is no OSError
         torch.save(averaged.state_dict(), content)
         save(run_dir / "weight_end.pth", content.getvalue())
         print(f"The weights are in {run_dir}")

@@ -9,14 +9,14 @@
 
 Each of the 70,000 images has 28 x 28 gray pixels and a label, the digit that it shows. The network
 turns the 784 pixels x into ten scores z, one for each label. Softmax makes probabilities of them,
-and the loss, the cross-entropy, is large where the true label y was given a low one:
+and the loss, the cross-entropy, is large where the true label y has a low p:
 
     p(k | x) = exp(z_k) / sum_j exp(z_j),    loss = -log p(y | x)
 
 To learn is to change the weights w, the numbers in the network, so that the mean loss of a batch
-of 64 images falls a little, then that of the next batch; an epoch is once through all images. The
-gradient g of a weight says how the loss grows with it. Adam moves each weight against m / sqrt(v):
-m and v are moving means, of g and of g^2; lr, the learning rate, sets the size of its steps:
+of 64 images falls a little, then that of the next batch; an epoch takes each training image once.
+The gradient g of a weight says how the loss grows with it. Adam moves each weight against m /
+sqrt(v): m and v are moving means, of g and g^2; lr, the learning rate, sets the size of its steps:
 
     m <- 0.9 m + 0.1 g,    v <- 0.999 v + 0.001 g^2,    w <- w - lr * m / (sqrt(v) + 1e-8)
 
@@ -111,7 +111,7 @@ loss_function = nn.CrossEntropyLoss()  # how wrong the scores are; softmax is pa
 
 
 def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all weights; fused: a C++ loop in place of Python's, epochs 1.2 times as fast."""
+    """Adam on all weights; `fused` is a C++ loop in place of Python's: epochs 1.2 times as fast."""
     return torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
 
 
@@ -231,9 +231,9 @@ def train(args: Args) -> dict:
     writer = SummaryWriter(run_dir, flush_secs=1)
     try:
         outcome = learn(args, network, train_set, test_set, writer)
-        writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
+        writer.close()  # not after Ctrl-C: it may hold a lock then, and hang
     finally:  # Ctrl-C keeps what was learnt
-        content = io.BytesIO()  # on a full disk torch.save itself would raise no OSError
+        content = io.BytesIO()  # torch.save's own error on a full disk is no OSError
         torch.save(network.state_dict(), content)
         save(run_dir / "weight_end.pth", content.getvalue())
     versions = {module.__name__: module.__version__ for module in (torch, np, cv2)}

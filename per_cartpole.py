@@ -17,8 +17,8 @@ temporal-difference (TD) error delta_i is large, and is drawn with the probabili
     w_i     = (N * P(i))^-beta     (importance: multiplies the loss; N transitions are held)
 
 An alpha below 1 flattens the priorities, and 0 makes all alike. Q(s, a) is a mean over what may
-follow; what is drawn more often pulls it to its side (a bias). w_i corrects a part of that, all of
-it with a beta of 1. Each batch's w_i are divided by their largest, so that they only lower a loss.
+follow; what is drawn more often pulls this mean to its side (a bias). w_i corrects some of that,
+all with a beta of 1. Each batch's w_i are divided by their largest, so that they only lower a loss.
 The rest is ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py per_cartpole.py
 
 Schaul, Quan, Antonoglou, Silver, "Prioritized Experience Replay", ICLR 2016, sections 3.3 and 3.4.
@@ -36,12 +36,12 @@ Differs from the paper, as the book does: the first 30 episodes draw uniformly; 
 enters with TD error 0, not with the highest priority so far; all priorities are recomputed at the
 end of each episode, not those of a batch in its update. Beta stays; the paper's rises to 1. Left
 out: the sum tree, whose nodes hold their children's sums, so that a draw takes log N steps, not N;
-drawing one transition from each equal part of their sum; a learning rate a quarter as large.
+one draw from each equal part of the priorities' sum; a learning rate a quarter as large.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
 - A moving average of the weights is kept, as the last update can be bad: --average-decay 0
-- alpha is 0.6 and beta 0.4, the paper's first; the book's are 1 and 0: --alpha 1 --beta 0
+- alpha is 0.6, beta 0.4, where the paper's begins; the book's are 1 and 0: --alpha 1 --beta 0
 - A draw returns the transition on which its random point falls, in the book the one after it.
 - The target network starts as a copy of the network, in the book as another random one.
 - The memory is one table, not a list of named tuples; a batch is drawn with replacement.
@@ -202,7 +202,7 @@ class ReplayMemory:
         """Stores one transition, with states (4,), in place of the oldest if the memory is full."""
         row = self.pushes % len(self.table)
         self.table[row] = state, action, reward, next_state, not done
-        self.priorities[row] = PRIORITY_EPSILON**self.alpha  # TD error 0: seldom drawn till step 5
+        self.priorities[row] = PRIORITY_EPSILON**self.alpha  # TD error 0 until step 5
         self.pushes += 1
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:
@@ -254,7 +254,7 @@ def td_errors(
 
 
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
-    """Trains the network until its own episodes, random actions included, solve the task, if ever.
+    """Trains until the network's episodes, random actions included, solve the task, or to the end.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns
     the episode that solved the task (from 0, or None), and how many episodes and steps were played,
@@ -403,9 +403,9 @@ def train(args: Args) -> dict:
         if not args.weights:
             writer = SummaryWriter(run_dir, flush_secs=1)
             outcome = learn(args, network, averaged, writer)
-            writer.close()  # not after Ctrl-C, which may have left it with a lock: it would hang
+            writer.close()  # not after Ctrl-C: it may hold a lock then, and hang
     finally:  # after Ctrl-C as well
-        content = io.BytesIO()  # on a full disk torch.save itself would raise no OSError
+        content = io.BytesIO()  # torch.save's own error on a full disk is no OSError
         torch.save(averaged.state_dict(), content)
         save(run_dir / "weight_end.pth", content.getvalue())
         print(f"The weights are in {run_dir}")

@@ -113,6 +113,7 @@ class Args:
             ("average_decay sticky_actions", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
             ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
+            ("resume", lambda x: not x or not x.is_file(), "the folder of a run"),
             ("device", {"auto": 1, "cpu": 1, "cuda": torch.cuda.is_available()}.get, "auto or cpu"),
         ]:
             for name in names.split():
@@ -350,15 +351,14 @@ def work(pipe, learners_end, args: Args, network: ActorCritic, storage, share: s
 def start_workers(args: Args, network: ActorCritic, storage: RolloutStorage, states: list) -> list:
     """Starts a worker for each of PyTorch's threads; returns our ends of their pipes."""
     # macOS cannot fork safely, Windows not at all.
-    context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    mp = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     num_envs = storage.actions.shape[1]  # those of this rank
     num_workers = min(torch.get_num_threads(), num_envs)
     pipes = []
     for i in range(num_workers):
         share = slice(i * num_envs // num_workers, (i + 1) * num_envs // num_workers)
-        ours, theirs = context.Pipe()
-        worker_args = (theirs, ours, args, network, storage, share, states)
-        context.Process(target=work, args=worker_args).start()
+        ours, theirs = mp.Pipe()
+        mp.Process(target=work, args=(theirs, ours, args, network, storage, share, states)).start()
         theirs.close()  # only the worker holds it now: if it dies, recv() raises EOFError
         pipes.append(ours)
     return pipes
@@ -532,7 +532,7 @@ def say(text: str) -> None:
             print(text, flush=True)
     except OSError:
         stop_requests[13] = time.monotonic()  # the number of SIGPIPE, which Windows does not have
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = None  # print does nothing now; else Python's exit would try once more
 
 
 def save(path: Path, content: Any) -> None:
@@ -626,7 +626,7 @@ def train(args: Args) -> dict[str, Any]:
         say(f"{network}\n{args.env_id}: {goes_on or 'begins'} in {run_dir}")
         progress = learn(args, network, storage, workers, run_dir, checkpoint)
     except (EOFError, ConnectionError, InterruptedError):  # the last: Ctrl-C on Windows
-        where = f"--resume {run_dir}" if RANK == 0 else "rank 0's folder"
+        where = f'--resume "{run_dir}"' if RANK == 0 else "rank 0's folder"
         raise OSError(f"a worker process died or was interrupted; go on with {where}") from None
     finally:
         for pipe in workers:
@@ -635,12 +635,12 @@ def train(args: Args) -> dict[str, Any]:
             lock.close()
     versions = {module.__name__: module.__version__ for module in (ale_py, cv2, gym, np, torch)}
     versions["python"] = sys.version.split()[0]
-    result = {"seed": args.seed, "versions": versions, **progress}
-    save(run_dir / "result.json", result)
+    save(run_dir / "result.json", result := {"seed": args.seed, "versions": versions, **progress})
     unfinished = args.total_timesteps - progress["timesteps"] >= args.num_envs * args.num_steps
-    hint = f"; go on with --resume {run_dir}" if unfinished else ""
+    hint = f'; go on with --resume "{run_dir}"' if unfinished else ""
     say(f"{progress['timesteps']} timesteps are done{hint}. Everything is in {run_dir}")
-    say(f"Watch: python play_breakout.py --env-id {args.env_id} --weights {run_dir}/weight_end.pth")
+    weights = f'--env-id {args.env_id} --weights "{run_dir}/weight_end.pth"'
+    say(f"Watch: python play_breakout.py {weights} --max-attempts 5")
     return result
 
 
@@ -655,7 +655,7 @@ if __name__ == "__main__":
     for signum in STOP_SIGNALS:
         if signum == signal.SIGINT or signal.getsignal(signum) == signal.SIG_DFL:  # not nohup's
             signal.signal(signum, request_stop)
-    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
+    if hasattr(sys.stdout, "reconfigure") and not hasattr(sys, "ps1"):  # not at a prompt
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
         threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     try:  # in a notebook, argv is the kernel's
@@ -666,5 +666,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}" if WORLD_SIZE == 1 else f"error: rank {RANK}: {error}")
     finally:
         stop_requests.clear()  # in a notebook the next train() is not asked to stop
-        if hasattr(sys, "ps1"):  # and at a prompt, IPython's for example, Ctrl-C is its own again
+        if hasattr(sys, "ps1") or sys.flags.inspect:  # and at a prompt Ctrl-C is its own again
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -428,8 +428,8 @@ def train(args: Args) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # this network is too small for more
-    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
+    if hasattr(sys.stdout, "reconfigure") and not hasattr(sys, "ps1"):  # not at a prompt
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any name, at once
         threading.excepthook = lambda _: None  # else TensorBoard's thread prints its error, too
     first = {}  # when the first signal to stop came
 
@@ -444,6 +444,8 @@ if __name__ == "__main__":
     try:  # in a notebook, argv is the kernel's
         train(tyro.cli(Args, args=[] if sys.argv[0].endswith("kernel_launcher.py") else None))
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # nobody reads on (`| head`)
+            sys.stdout = None  # else Python's exit would print into the pipe once more
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -27,7 +27,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -296,8 +295,10 @@ def save(path: Path, content: bytes) -> None:
 
 def say(text: str) -> None:
     """Prints at once. If nobody reads it (`| head`, a closed terminal), play goes on."""
-    with suppress(OSError):
+    try:
         print(text, flush=True)
+    except OSError:
+        sys.stdout = None  # print does nothing now; else Python's exit would try once more
 
 
 def film(game: Game, path: Path, zoom: int, **options) -> None:
@@ -388,7 +389,7 @@ def play(args: Args) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a few frames are too little work for several threads
     cv2.setNumThreads(1)
-    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
+    if hasattr(sys.stdout, "reconfigure") and not hasattr(sys, "ps1"):  # not at a prompt
         sys.stdout.reconfigure(errors="backslashreplace")  # prints a folder of any name
     first = {}  # when the first signal to stop came
 

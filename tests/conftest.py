@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Set before torch is imported. One thread, and with it one worker of a2c_breakout.py, where a test
 # does not want more: starts are faster so. Threads that wait on a busy machine sleep.
 os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
+os.environ.pop("PYTHONUNBUFFERED", None)  # as most users have it: what is printed waits in a buffer
 # Started in the background, or by nohup, Python would ignore these, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):

@@ -26,8 +26,8 @@ def main(script, flags, cwd, env, limits, outputs) -> None:
     for name, descriptor, output in zip(("stdout", "stderr"), (1, 2), outputs):
         mode = os.O_RDWR if output.startswith("/dev/") else os.O_WRONLY | os.O_APPEND
         os.dup2(os.open(output, mode), descriptor)
-        encoding = env.get("PYTHONIOENCODING")
-        setattr(sys, name, open(descriptor, "w", 1, encoding, closefd=False))
+        encoding, lines = env.get("PYTHONIOENCODING"), -1 if name == "stdout" else 1
+        setattr(sys, name, open(descriptor, "w", lines, encoding, closefd=False))  # as Python does
     os.chdir(cwd)
     os.environ.update(env)
     import torch

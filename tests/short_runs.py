@@ -94,12 +94,17 @@ def source(name: str) -> str:
     return code
 
 
-def start(name: str, cwd: Path, code="", env={}, limits={}, output=None, **values) -> Process:
-    """Starts a script, or other code in its place, with these values of its flags."""
+def flags(name: str, **values) -> list[str]:
+    """Those of a short run, but for these values."""
     files = {"mnist": {"data_dir": digits}, "play_breakout": {"weights": policy}}.get(name, {})
     values = SHORT[name] | {field: make() for field, make in files.items()} | values
-    flags = [f"--{field.replace('_', '-')}={value}" for field, value in values.items()]
-    return Process(code or source(name), *flags, cwd=cwd, env=env, limits=limits, output=output)
+    return [f"--{field.replace('_', '-')}={value}" for field, value in values.items()]
+
+
+def start(name: str, cwd: Path, code="", env={}, limits={}, output=None, **values) -> Process:
+    """Starts a script, or other code in its place, with these values of its flags."""
+    process = {"cwd": cwd, "env": env, "limits": limits, "output": output}
+    return Process(code or source(name), *flags(name, **values), **process)
 
 
 def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -283,9 +284,9 @@ def test_the_line_of_output(capsys, tmp_path):
 
 
 def test_the_last_line_of_output_is_a_command_that_plays_the_game(tmp_path, capsys):
-    train(tmp_path, env_id=PONG)
-    flags = capsys.readouterr().out.splitlines()[-1].partition("play_breakout.py")[2].split()
-    args = tyro.cli(play_breakout.Args, args=flags)
+    train(tmp_path / "a folder", env_id=PONG)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Watch: python "))
+    args = tyro.cli(play_breakout.Args, args=command[1:])
     play_breakout.load_network(args.weights, play_breakout.make_env(args.env_id, True))
 
 

@@ -98,7 +98,7 @@ def test_a_stop_request_saves_the_update_that_is_under_way(tmp_path, five, signu
     process = begin(tmp_path, at(4, kill))
     assert process.wait() == code and process.stderr == ""
     assert learnt(tmp_path) == five
-    assert f"40 timesteps are done; go on with --resume {tmp_path}. Everything" in process.stdout
+    assert f'40 timesteps are done; go on with --resume "{tmp_path}". Everything' in process.stdout
     assert {"weight_end.pth", "result.json"} <= set(os.listdir(tmp_path))
 
 
@@ -135,7 +135,7 @@ def test_a_terminal_that_is_closed_is_a_stop_request(tmp_path, five, nohup, code
 
 def test_a_worker_that_dies_ends_the_run_in_one_line_and_nothing_is_lost(tmp_path, five):
     process = begin(tmp_path, at(4, f"{WORKER}.kill()"))
-    line = f"error: a worker process died or was interrupted; go on with --resume {tmp_path}"
+    line = f'error: a worker process died or was interrupted; go on with --resume "{tmp_path}"'
     assert one_line(process) == line
     assert learnt(tmp_path) == five and "result.json" not in files(tmp_path)
     averaged = load(tmp_path / "checkpoint.pth")["averaged"]

@@ -57,7 +57,8 @@ BAD = {
     A2C_BREAKOUT: COMMON | A2C_COEFFICIENTS | dict(
         seed=[-1, 2**31], gamma=[-0.1, 1.1, NAN], average_decay=[-0.1, 1.0],
         rmsprop_eps=[0.0, 1e-46, NAN], num_envs=[0, -3], num_steps=[0], total_timesteps=[79],
-        max_idle_steps=[-1], resume=[__file__], sticky_actions=[-0.1, 1.0, NAN], checkpoint_every=[0]),
+        max_idle_steps=[-1], sticky_actions=[-0.1, 1.0, NAN], checkpoint_every=[0],
+        resume=[__file__]),
     PLAY: dict(seed=[-1, 2**31], device=["cuda", "cuda:0"], target_score=[NAN, INF],
                max_attempts=[0], full_games=[0, -3], sticky_actions=[-0.1, 1.0, NAN]),
 }  # fmt: skip

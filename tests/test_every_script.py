@@ -96,9 +96,10 @@ def test_paths_may_be_strings_and_begin_with_a_tilde_and_args_come_back_from_jso
     name, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "it").touch()
     Args = importlib.import_module(name).Args
     paths = [field.name for field in dataclasses.fields(Args) if "Path" in str(field.type)]
+    if "weights" in paths:
+        (tmp_path / "it").touch()
     args = Args(**dict.fromkeys(paths, "~/it"))
     assert "runs_dir" in paths and {getattr(args, path) for path in paths} == {tmp_path / "it"}
     assert Args(**json.loads(json.dumps(vars(args), default=str))) == args

@@ -31,7 +31,7 @@ Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorith
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018):
 - The 60,000 training and 10,000 test images are the data set's own, so that results compare. The
-  book splits all 70,000 at random: its image 2020 (see --image-index) is another one.
+  book splits all 70,000 at random: its test images (see --image-index) are others.
 - The learning rate falls linearly from 0.01 to 0 (--no-anneal-lr for the book's constant rate,
   whose last steps are still long). Mean accuracy over 20 seeds: 97.9% instead of 96.0%.
 """

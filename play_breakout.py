@@ -14,8 +14,8 @@
     python play_breakout.py --random            # needs no policy: a first look at the game
 
 An attempt is one life, with all bricks in place and no no-ops at its start. A whole game is five
-lives, as in training: no-ops for 1 to 30 frames; after each lost life the same bricks, a no-op of
-four and an empty frame stack. It scores their sum, and is cut after 18 minutes (other games: 30).
+lives, as in training: no-ops for 1 to 30 frames; after a lost life the same bricks, four frames of
+no-op, an empty frame stack. Its score is the sum; it is cut after 18 minutes (other games: 30).
 
 Each run leaves args.json, result.json and film.mp4, of the best attempt or game, in its own folder.
 Environment and network are those of a2c_breakout.py, repeated so that this file runs alone. The
@@ -58,7 +58,7 @@ class Args:
     gif: bool = False  # film a GIF as well, in the screen's own size of 160 x 210
     env_id: str = "BreakoutNoFrameskip-v4"  # or another <Game>NoFrameskip-v4 of ale-py
     sticky_actions: float = 0.0  # chance per frame that the last action goes on (in papers 0.25)
-    seed: int = 10_000  # of the first attempt or game, the next has seed + 1; 0 or more
+    seed: int = 10_000  # of the first attempt or game, then seed + 1 and so on; below 2**31
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
     runs_dir: Path = Path("runs")  # folder in which the run's own folder is made
 
@@ -325,7 +325,7 @@ def film(game: Game, path: Path, zoom: int, **options) -> None:
 def play(args: Args) -> dict:
     """Plays, and leaves result.json and the film in the run's folder; returns the result.
 
-    After Ctrl-C the batches that are over are kept and filmed, and KeyboardInterrupt is raised.
+    After Ctrl-C the batches that are over are kept, their best is filmed, KeyboardInterrupt raised.
     """
     whole = args.random or args.full_games is not None
     once = args.random or (args.greedy and args.sticky_actions == 0)  # the others would be alike

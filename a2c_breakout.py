@@ -40,7 +40,6 @@ import copy
 import ctypes
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -102,23 +101,24 @@ class Args:
         self.resume = Path(os.path.expanduser(self.resume)) if self.resume else None
         if self.max_idle_steps is None:  # in Breakout the ball can fly in a loop for ever
             self.max_idle_steps = 400 if self.env_id.startswith("Breakout") else 0
-        for name, kind in Args.__annotations__.items():
-            if kind in (bool, int, float, int | None):  # a caller may give np.int64(8), or 8.0
-                setattr(self, name, (kind if kind in (bool, float) else int)(getattr(self, name)))
         for names, good, rule in [
-            ("num_envs num_steps checkpoint_every", lambda x: x >= 1, "1 or more"),
-            ("total_timesteps", lambda x: x >= self.num_envs * self.num_steps, "an update or more"),
-            ("max_idle_steps value_loss_coef entropy_coef", lambda x: 0 <= x < math.inf, "from 0"),
+            ("num_envs num_steps checkpoint_every", lambda x: x >= 1 and x % 1 == 0, "1, 2, ..."),
+            ("total_timesteps", lambda x: x // self.num_envs >= self.num_steps, "1 update or more"),
+            ("max_idle_steps", lambda x: x >= 0 and x % 1 == 0, "0, 1, ..."),
+            ("value_loss_coef entropy_coef", lambda x: 0 <= x < np.inf, "from 0"),
             ("learning_rate rmsprop_eps max_grad_norm", lambda x: 1e-30 <= x < 1e30, "from 1e-30"),
             ("average_decay sticky_actions", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
-            ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
+            ("seed", lambda x: 0 <= x < 2**31 and x % 1 == 0, "whole, from 0 to 2**31 - 1"),
             ("resume", lambda x: not x or not x.is_file(), "the folder of a run"),
             ("device", {"auto": 1, "cpu": 1, "cuda": torch.cuda.is_available()}.get, "auto or cpu"),
         ]:
             for name in names.split():
                 if not good(value := getattr(self, name)):
                     raise ValueError(f"--{name.replace('_', '-')} must be {rule}, not {value}")
+        for name, kind in Args.__annotations__.items():
+            if kind in (bool, int, float, int | None):  # a caller may give np.int64(8), or 8.0
+                setattr(self, name, (kind if kind in (bool, float) else int)(getattr(self, name)))
 
 
 # ---- environment ---------------------------------------------------------------
@@ -270,14 +270,14 @@ class ActorCritic(nn.Module):
     def __init__(self, num_actions: int):
         super().__init__()
         self.conv = nn.Sequential(
-            init(nn.Conv2d(4, 32, kernel_size=8, stride=4), math.sqrt(2)),  # (B, 32, 20, 20)
+            init(nn.Conv2d(4, 32, kernel_size=8, stride=4), np.sqrt(2)),  # (B, 32, 20, 20)
             nn.ReLU(inplace=True),
-            init(nn.Conv2d(32, 64, kernel_size=4, stride=2), math.sqrt(2)),  # (B, 64, 9, 9)
+            init(nn.Conv2d(32, 64, kernel_size=4, stride=2), np.sqrt(2)),  # (B, 64, 9, 9)
             nn.ReLU(inplace=True),
-            init(nn.Conv2d(64, 64, kernel_size=3, stride=1), math.sqrt(2)),  # (B, 64, 7, 7)
+            init(nn.Conv2d(64, 64, kernel_size=3, stride=1), np.sqrt(2)),  # (B, 64, 7, 7)
             nn.ReLU(inplace=True),
             nn.Flatten(),  # (B, 3136)
-            init(nn.Linear(64 * 7 * 7, 512), math.sqrt(2)),
+            init(nn.Linear(64 * 7 * 7, 512), np.sqrt(2)),
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)  # a third more steps/s
         self.critic = init(nn.Linear(512, 1), 1.0)

@@ -19,12 +19,12 @@ T = 5 steps in N = 32 environments, a rollout, make one update of both, and are 
     loss = - mean A_t log pi(a_t|s_t)  +  0.5 mean A_t^2  -  0.01 mean entropy(pi(.|s_t))
 
 R_t is an n-step return: n = 5 rewards and then V(s_5) for the first of the five steps, n = 1 for
-the last. V in place of what was not played is called bootstrapping; R_t, and A_t with it, is an
-estimate.
+the last. To let V stand for what was not played is called bootstrapping; so R_t and A_t are
+estimates.
 
 The first term makes an action that went better than expected more likely, one that went worse less
 (by its logarithm, as a rare action is seldom drawn and must count for more). Lowering it raises the
-expected return, on average and as far as the estimates are right: its gradient is called the policy
+expected return, on average and as far as the estimates are right: minus its gradient is the policy
 gradient. R_t in place of A_t would do so, too, but then whichever action was drawn in a good state
 would get more likely, the worse one as well; V, which is subtracted, is called the baseline. A_t is
 held fixed in this term: V is trained by the second one, which moves it towards R_t, held fixed as
@@ -99,17 +99,19 @@ class Args:
     value_loss_coef: float = 0.5  # weight of the value loss, 0 or more
     entropy_coef: float = 0.01  # weight of the entropy, 0 or more
     max_grad_norm: float = 0.5  # norm that the gradient has at most (clipping), above 0
-    average_decay: float = 0.975  # share the average keeps per update; from 0 (the book) to below 1
+    average_decay: float = 0.975  # share the mean weights keep per update, below 1; 0 is the book
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         for name, kind in Args.__annotations__.items():
+            value = getattr(self, name)
+            if kind is int and value % 1 != 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be a whole number, not {value}")
             if kind in (bool, int, float):  # a caller may give NumPy's, or whole floats such as 1e4
-                setattr(self, name, kind(getattr(self, name)))
+                setattr(self, name, kind(value))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
         rollout_steps = self.num_envs * self.num_steps  # between two updates
-        devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (min(self.num_envs, self.num_steps) >= 1, "--num-envs, --num-steps must be 1 or more"),
@@ -124,7 +126,8 @@ class Args:
             (0 < self.max_grad_norm < np.inf, "--max-grad-norm must be above 0 and finite"),
             (0 <= self.average_decay < 1, "--average-decay must be from 0 to below 1"),
             (not self.weights or self.weights.is_file(), f"--weights: no file {self.weights}"),
-            (self.device in devices, f"--device must be {' or '.join(devices)} here"),
+            (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
+            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU"),
         ]:
             if not good:
                 raise ValueError(rule)
@@ -274,7 +277,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 
         # 4. update: the gradient is clipped, so that no batch, however odd, pulls too hard
         optimizer.zero_grad()
-        loss.backward()  # the gradient of the loss by each weight
+        loss.backward()  # the gradient of the loss with respect to each weight
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         if not grad_norm.isfinite():
             raise ValueError(f"update {update}: gradient not finite, lower --learning-rate")
@@ -305,7 +308,7 @@ def learn(args: Args, network: ActorCritic, averaged: ActorCritic, writer: Summa
 
 def evaluate(network: ActorCritic, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
     """The lengths of greedy episodes, without random actions, in steps."""
-    env.reset(seed=2**33 + seed)  # no seed of training: those are below 2**33
+    env.reset(seed=2**33 + seed)  # training's seeds are below 2**33
     lengths = []
     for _ in range(num_episodes):
         state, _ = env.reset()
@@ -359,7 +362,8 @@ def train(args: Args) -> dict:
     run_dir.mkdir(parents=True)
     save(run_dir / "args.json", json.dumps(asdict(args), indent=2, default=str).encode())
 
-    outcome, start = {"solved_episode": None, "episodes": 0, "steps": 0}, time.perf_counter()
+    outcome = {"solved_episode": None, "episodes": 0, "steps": 0}
+    start = time.perf_counter()
     print(network)
     try:
         if not args.weights:
@@ -374,8 +378,8 @@ def train(args: Args) -> dict:
     seconds = time.perf_counter() - start
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     versions["python"] = sys.version.split()[0]
-    result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
     lengths = evaluate(averaged, make_env(), args.seed, args.eval_episodes)
+    result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
     result |= {"steps_per_second": outcome["steps"] / seconds}
     result |= {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
     save(run_dir / "result.json", json.dumps(result, indent=2).encode())

@@ -13,9 +13,9 @@ advantage A(s, a) for each action, and adds them up again:
 
     Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')
 
-Every transition now teaches V, whichever action was taken. Without the mean V and A could drift:
-V + c and A - c give the same Q for any c. With it V(s) is the mean of Q(s, .), not the value of the
-best action. The target is that of Double DQN. The rest is ddqn_cartpole.py; to see what is new:
+Every transition now teaches V, whichever action was taken. Without the mean, V and A could drift:
+V + c and A - c give the same Q for any c. With it, V(s) is the mean of Q(s, .), not the value of
+the best action. The target is that of Double DQN. The rest is ddqn_cartpole.py; to see what is new:
 diff ddqn_cartpole.py dueling_cartpole.py
 
 Wang et al., "Dueling Network Architectures for Deep Reinforcement Learning", ICML 2016, equation 9.
@@ -80,16 +80,18 @@ class Args:
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     epsilon: float = 0.5  # chance of a random action, divided by n + 1 in episode n, from 0 to 1
     zero_init: bool = True  # all values start at 0; --no-zero-init is the book's way
-    average_decay: float = 0.998  # share the average keeps per update; from 0 (the book) to below 1
+    average_decay: float = 0.998  # share the mean weights keep per update, below 1; 0 is the book
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         for name, kind in Args.__annotations__.items():
+            value = getattr(self, name)
+            if kind is int and value % 1 != 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be a whole number, not {value}")
             if kind in (bool, int, float):  # a caller may give NumPy's, or whole floats such as 1e4
-                setattr(self, name, kind(getattr(self, name)))
+                setattr(self, name, kind(value))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
-        devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (1 <= self.num_episodes <= 10**9, "--num-episodes must be from 1 to 10**9"),
@@ -103,7 +105,8 @@ class Args:
             (0 <= self.epsilon <= 1, "--epsilon must be from 0 to 1"),
             (0 <= self.average_decay < 1, "--average-decay must be from 0 to below 1"),
             (not self.weights or self.weights.is_file(), f"--weights: no file {self.weights}"),
-            (self.device in devices, f"--device must be {' or '.join(devices)} here"),
+            (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
+            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU"),
         ]:
             if not good:
                 raise ValueError(rule)
@@ -178,7 +181,8 @@ class ReplayMemory:
             ("next_states", np.float32, (4,)),
             ("not_done", np.float32, (1,)),  # 0 where the episode ended, else 1
         ]
-        self.table, self.pushes, self.rng = np.zeros(capacity, columns), 0, rng
+        self.table = np.zeros(capacity, columns)
+        self.pushes, self.rng = 0, rng
 
     def __len__(self) -> int:
         return min(self.pushes, len(self.table))
@@ -207,7 +211,7 @@ def td_targets(network: QNetwork, target_network: QNetwork, batch: Batch, gamma:
 
 
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
-    """Trains until the network's episodes, random actions included, solve the task, or to the end.
+    """Trains until the network's episodes, random actions included, solve the task, if ever.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns
     the episode that solved the task (from 0, or None), and how many episodes and steps were played,
@@ -251,7 +255,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 values = network(batch["states"]).gather(1, batch["actions"])  # (batch, 1): Q(s, a)
                 loss = F.smooth_l1_loss(values, targets)  # Huber
                 optimizer.zero_grad()
-                loss.backward()  # the gradient of the loss by each weight
+                loss.backward()  # the gradient of the loss with respect to each weight
                 optimizer.step()  # a small step against it
                 # One update can spoil the policy, but hardly the moving average of the weights
                 # (Polyak averaging). It is not a target network: no target uses it.
@@ -289,7 +293,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
 def evaluate(network: QNetwork, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
     """The lengths of greedy episodes, without random actions, in steps."""
-    env.reset(seed=2**33 + seed)  # no seed of training: those are below 2**33
+    env.reset(seed=2**33 + seed)  # training's seeds are below 2**33
     lengths = []
     for _ in range(num_episodes):
         state, _ = env.reset()
@@ -343,7 +347,8 @@ def train(args: Args) -> dict:
     run_dir.mkdir(parents=True)
     save(run_dir / "args.json", json.dumps(asdict(args), indent=2, default=str).encode())
 
-    outcome, start = {"solved_episode": None, "episodes": 0, "steps": 0}, time.perf_counter()
+    outcome = {"solved_episode": None, "episodes": 0, "steps": 0}
+    start = time.perf_counter()
     print(network)
     try:
         if not args.weights:
@@ -358,8 +363,8 @@ def train(args: Args) -> dict:
     seconds = time.perf_counter() - start
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     versions["python"] = sys.version.split()[0]
-    result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
     lengths = evaluate(averaged, make_env(), args.seed, args.eval_episodes)
+    result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
     result |= {"steps_per_second": outcome["steps"] / seconds}
     result |= {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
     save(run_dir / "result.json", json.dumps(result, indent=2).encode())

@@ -31,7 +31,7 @@ Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorith
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018):
 - The 60,000 training and 10,000 test images are the data set's own, so that results compare. The
-  book splits all 70,000 at random: its test images (see --image-index) are others.
+  book splits all 70,000 at random: image 2020 (see --image-index) is another one there.
 - The learning rate falls linearly from 0.01 to 0 (--no-anneal-lr for the book's constant rate,
   whose last steps are still long). Mean accuracy over 20 seeds: 97.9% instead of 96.0%.
 """
@@ -80,7 +80,7 @@ def load_images(part: str, data_dir: Path, device: str) -> TensorDataset:
 def make_loaders(train_set, test_set, batch_size: int) -> tuple[DataLoader, DataLoader]:
     """Batches of images (batch, 784) and labels (batch,); the last one may be smaller."""
     train_loader = DataLoader(train_set, batch_size, shuffle=True)  # in a new order each epoch
-    # Nothing is learnt from the test images, and nothing chosen by them, not even when to stop:
+    # A run learns nothing from the test images, and chooses nothing by them, not even its end:
     # only so do they show how well the network reads digits that are new to it.
     return train_loader, DataLoader(test_set, batch_size)
 
@@ -159,18 +159,20 @@ class Args:
     data_dir: Path = Path("data/mnist")  # folder of the four files; what is missing is downloaded
     epochs: int = 3  # passes over the training images, from 1
     learning_rate: float = 0.01  # step size of Adam, above 0
-    anneal_lr: bool = True  # let the learning rate fall linearly to 0; the book keeps it
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0; the book's is constant
     batch_size: int = 64  # images in an update, from 1 to 60000
     hidden_size: int = 100  # units in each of the two hidden layers, from 1 to 4096
     image_index: int = 2020  # the test image to classify and draw at the end, from 0 to 9999
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         for name, kind in Args.__annotations__.items():
+            value = getattr(self, name)
+            if kind is int and value % 1 != 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be a whole number, not {value}")
             if kind in (bool, int, float):  # a caller may give NumPy's, or whole floats such as 1e4
-                setattr(self, name, kind(getattr(self, name)))
+                setattr(self, name, kind(value))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         self.data_dir = Path(os.path.expanduser(self.data_dir))
-        devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (1 <= self.epochs <= 10**9, "--epochs must be from 1 to 10**9"),
@@ -178,7 +180,8 @@ class Args:
             (1 <= self.batch_size <= 60_000, "--batch-size must be from 1 to 60000"),
             (1 <= self.hidden_size <= 4096, "--hidden-size must be from 1 to 4096"),
             (0 <= self.image_index < 10_000, "--image-index must be from 0 to 9999"),
-            (self.device in devices, f"--device must be {' or '.join(devices)} here"),
+            (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
+            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU"),
         ]:
             if not good:
                 raise ValueError(rule)
@@ -319,7 +322,7 @@ def load_file(name: str, data_dir: Path) -> np.ndarray:
     A damaged file is renamed; that of another data set is left alone, and is a ValueError.
     """
     wanted = name.replace("-idx", "[-.]idx")  # Kaggle's are called train-images.idx3-ubyte
-    patterns = [wanted, f"{wanted}.gz", f"*/{wanted}", f"*/{wanted}.gz"]  # or a folder deeper
+    patterns = [wanted, f"{wanted}.gz", f"{wanted}/{wanted}"]  # each in a folder of its name, too
     paths = [path for pattern in patterns for path in sorted(data_dir.glob(pattern))]
     for path in filter(Path.is_file, paths):
         try:

@@ -17,9 +17,9 @@ temporal-difference (TD) error delta_i is large, and is drawn with the probabili
     w_i     = (N * P(i))^-beta     (importance: multiplies the loss; N transitions are held)
 
 An alpha below 1 flattens the priorities, and 0 makes all alike. Q(s, a) is a mean over what may
-follow; what is drawn more often pulls this mean to its side (a bias). w_i corrects some of that,
-all with a beta of 1. Each batch's w_i are divided by their largest, so that they only lower a loss.
-The rest is ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py per_cartpole.py
+follow; what is drawn more often pulls this mean to its side (a bias). w_i takes that back, all of
+it with a beta of 1, none with 0. Each batch's w_i are divided by their largest: they only lower a
+loss. The rest is ddqn_cartpole.py; to see what is new: diff ddqn_cartpole.py per_cartpole.py
 
 Schaul, Quan, Antonoglou, Silver, "Prioritized Experience Replay", ICLR 2016, sections 3.3 and 3.4.
 
@@ -36,7 +36,7 @@ Differs from the paper, as the book does: the first 30 episodes draw uniformly; 
 enters with TD error 0, not with the highest priority so far; all priorities are recomputed at the
 end of each episode, not those of a batch in its update. Beta stays; the paper's rises to 1. Left
 out: the sum tree, whose nodes hold their children's sums, so that a draw takes log N steps, not N;
-one draw from each equal part of the priorities' sum; a learning rate a quarter as large.
+one draw from each of 32 equal parts of the priorities' sum; a learning rate a quarter of DQN's.
 
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
@@ -83,7 +83,7 @@ class Args:
     num_episodes: int = 500  # episodes of training at most, 1 or more
     eval_episodes: int = 100  # greedy episodes in the evaluation, 1 or more
     memory_size: int = 10_000  # transitions in the replay memory, from 1 to 10 million
-    uniform_episodes: int = 30  # at the start, in which batches are drawn uniformly, 0 or more
+    uniform_episodes: int = 30  # first episodes, whose batches are drawn uniformly, 0 or more
     alpha: float = 0.6  # exponent of the priorities, from 0 (uniform) to 1 (the book)
     beta: float = 0.4  # exponent of the importance weights, from 0 (none, the book) to 1 (full)
     batch_size: int = 32  # transitions in an update, from 1 to the memory size
@@ -93,16 +93,18 @@ class Args:
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     epsilon: float = 0.5  # chance of a random action, divided by n + 1 in episode n, from 0 to 1
     zero_init: bool = True  # all values start at 0; --no-zero-init is the book's way
-    average_decay: float = 0.998  # share the average keeps per update; from 0 (the book) to below 1
+    average_decay: float = 0.998  # share the mean weights keep per update, below 1; 0 is the book
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         for name, kind in Args.__annotations__.items():
+            value = getattr(self, name)
+            if kind is int and value % 1 != 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be a whole number, not {value}")
             if kind in (bool, int, float):  # a caller may give NumPy's, or whole floats such as 1e4
-                setattr(self, name, kind(getattr(self, name)))
+                setattr(self, name, kind(value))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
         if self.weights is not None:
             self.weights = Path(os.path.expanduser(self.weights))
-        devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
             (1 <= self.num_episodes <= 10**9, "--num-episodes must be from 1 to 10**9"),
@@ -119,7 +121,8 @@ class Args:
             (0 <= self.epsilon <= 1, "--epsilon must be from 0 to 1"),
             (0 <= self.average_decay < 1, "--average-decay must be from 0 to below 1"),
             (not self.weights or self.weights.is_file(), f"--weights: no file {self.weights}"),
-            (self.device in devices, f"--device must be {' or '.join(devices)} here"),
+            (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
+            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU"),
         ]:
             if not good:
                 raise ValueError(rule)
@@ -193,7 +196,8 @@ class ReplayMemory:
         ]
         self.priorities = np.zeros(capacity, np.float64)  # p ** alpha; float32 sums lose small ones
         self.alpha, self.beta = alpha, beta
-        self.table, self.pushes, self.rng = np.zeros(capacity, columns), 0, rng
+        self.table = np.zeros(capacity, columns)
+        self.pushes, self.rng = 0, rng
 
     def __len__(self) -> int:
         return min(self.pushes, len(self.table))
@@ -254,7 +258,7 @@ def td_errors(
 
 
 def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWriter) -> dict:
-    """Trains until the network's episodes, random actions included, solve the task, or to the end.
+    """Trains until the network's episodes, random actions included, solve the task, if ever.
 
     `averaged`, the moving average of its weights, is what is saved, evaluated and filmed. Returns
     the episode that solved the task (from 0, or None), and how many episodes and steps were played,
@@ -301,7 +305,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
                 losses = F.smooth_l1_loss(values, targets, reduction="none")  # Huber, (batch, 1)
                 loss = (batch["importance"] * losses).mean()
                 optimizer.zero_grad()
-                loss.backward()  # the gradient of the loss by each weight
+                loss.backward()  # the gradient of the loss with respect to each weight
                 optimizer.step()  # a small step against it
                 # One update can spoil the policy, but hardly the moving average of the weights
                 # (Polyak averaging). It is not a target network: no target uses it.
@@ -343,7 +347,7 @@ def learn(args: Args, network: QNetwork, averaged: QNetwork, writer: SummaryWrit
 
 def evaluate(network: QNetwork, env: gym.Env, seed: int, num_episodes: int) -> list[int]:
     """The lengths of greedy episodes, without random actions, in steps."""
-    env.reset(seed=2**33 + seed)  # no seed of training: those are below 2**33
+    env.reset(seed=2**33 + seed)  # training's seeds are below 2**33
     lengths = []
     for _ in range(num_episodes):
         state, _ = env.reset()
@@ -397,7 +401,8 @@ def train(args: Args) -> dict:
     run_dir.mkdir(parents=True)
     save(run_dir / "args.json", json.dumps(asdict(args), indent=2, default=str).encode())
 
-    outcome, start = {"solved_episode": None, "episodes": 0, "steps": 0}, time.perf_counter()
+    outcome = {"solved_episode": None, "episodes": 0, "steps": 0}
+    start = time.perf_counter()
     print(network)
     try:
         if not args.weights:
@@ -412,8 +417,8 @@ def train(args: Args) -> dict:
     seconds = time.perf_counter() - start
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     versions["python"] = sys.version.split()[0]
-    result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
     lengths = evaluate(averaged, make_env(), args.seed, args.eval_episodes)
+    result = {"seed": args.seed, "seconds": seconds, "versions": versions, **outcome}
     result |= {"steps_per_second": outcome["steps"] / seconds}
     result |= {"eval_mean": float(np.mean(lengths)), "eval_std": float(np.std(lengths))}
     save(run_dir / "result.json", json.dumps(result, indent=2).encode())

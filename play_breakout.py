@@ -65,21 +65,22 @@ class Args:
     def __post_init__(self):  # tyro shows the error
         self.weights = Path(os.path.expanduser(self.weights))
         self.runs_dir = Path(os.path.expanduser(self.runs_dir))
-        self.seed, self.max_attempts = int(self.seed), int(self.max_attempts)  # of NumPy, perhaps
-        self.full_games = self.full_games and int(self.full_games)
         a_policy = self.weights != PRETRAINED or self.greedy
-        devices = ["auto", "cpu"] + ["cuda"] * (self.device == "cuda" and torch.cuda.is_available())
         for good, rule in [
             (np.isfinite(self.target_score), "--target-score must be finite"),
-            (self.max_attempts >= 1, "--max-attempts must be 1 or more"),
+            (1 <= self.max_attempts == self.max_attempts // 1, "--max-attempts must be 1, 2, ..."),
             (self.full_games is None or self.full_games >= 1, "--full-games must be 1 or more"),
+            ((self.full_games or 1) % 1 == 0, "--full-games must be whole"),
             (0 <= self.sticky_actions < 1, "--sticky-actions must be from 0 to below 1"),
-            (0 <= self.seed < 2**31, "--seed must be from 0 to 2**31 - 1"),
-            (self.device in devices, f"--device must be {' or '.join(devices)} here"),
+            (0 <= self.seed < 2**31 and self.seed % 1 == 0, "--seed must be whole, 0 to 2**31 - 1"),
+            (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
+            (self.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU"),
             (not (self.random and a_policy), "--random takes no --weights and no --greedy"),
         ]:
             if not good:
                 raise ValueError(rule)
+        self.seed, self.max_attempts = int(self.seed), int(self.max_attempts)  # of NumPy, perhaps
+        self.full_games = self.full_games and int(self.full_games)
 
 
 # ---- environment ---------------------------------------------------------------

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # does not want more: starts are faster so. Threads that wait on a busy machine sleep.
 os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
 os.environ.pop("PYTHONUNBUFFERED", None)  # as most users have it: what is printed waits in a buffer
+for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"):  # of a batch system
+    os.environ.pop(name, None)
 # Started in the background, or by nohup, Python would ignore these, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):

@@ -20,7 +20,7 @@ def ranks(run_dir, *scripts, folders=None, **changes) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     return [
         begin(folder, script, env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, **changes)
         for rank, (script, folder) in enumerate(zip(scripts, folders or [run_dir] * 2))
@@ -92,6 +92,7 @@ def test_a_rank_that_is_missing_ends_the_others_in_one_line(tmp_path):
 def test_torchrun_ends_all_ranks_when_one_dies_and_the_run_goes_on(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     flags = ["--num-envs", "4", "--checkpoint-every", "5", "--resume", str(tmp_path)]
+    flags += ["--total-timesteps", "40000"]  # should this test fail, they end soon
     process = subprocess.Popen([*command, SCRIPT, *flags], stderr=subprocess.PIPE, text=True)
     assert wait_for((tmp_path / "checkpoint.pth").exists, 120)
     [zero, one] = children(process.pid)

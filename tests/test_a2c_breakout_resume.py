@@ -133,11 +133,18 @@ def test_a_terminal_that_is_closed_is_a_stop_request(tmp_path, five, nohup, code
     assert learnt(tmp_path) == five
 
 
-def test_a_worker_that_dies_ends_the_run_in_one_line_and_nothing_is_lost(tmp_path, five):
-    process = begin(tmp_path, at(4, f"{WORKER}.kill()"))
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_worker_that_dies_ends_the_run_in_one_line_and_nothing_is_lost(tmp_path, five, number):
+    """With two, the learner has two threads and rounds otherwise."""
+    pids = "print('pids', *[x.pid for x in torch.multiprocessing.active_children()])"
+    kill = at(4, f"{pids}; {WORKER}.kill()")
+    process = begin(tmp_path, kill, env={"OMP_NUM_THREADS": f"{number}"})
     line = f'error: a worker process died or was interrupted; go on with --resume "{tmp_path}"'
     assert one_line(process) == line
-    assert learnt(tmp_path) == five and "result.json" not in files(tmp_path)
+    workers = [int(pid) for pid in process.stdout.partition("pids ")[2].split()]
+    assert len(workers) == number and gone(workers)
+    assert (learnt(tmp_path) == five if number == 1 else updates(tmp_path) == 5)
+    assert "result.json" not in files(tmp_path)
     averaged = load(tmp_path / "checkpoint.pth")["averaged"]
     assert digest(load(tmp_path / "weight_end.pth")) == digest(averaged)
 

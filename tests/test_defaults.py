@@ -28,7 +28,7 @@ DEFAULTS = {
                           greedy=False, gif=False, env_id="BreakoutNoFrameskip-v4",
                           sticky_actions=0, seed=10_000),
 }  # fmt: skip
-PLACES = {"device", "runs_dir", "data_dir"}
+PLACES = {"runs_dir", "data_dir"}
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -36,4 +36,5 @@ def test_defaults(name):
     args = vars(importlib.import_module(name).Args())
     if name == "play_breakout":
         del args["weights"]  # test_pretrained.py looks at them
-    assert {flag: value for flag, value in args.items() if flag not in PLACES} == DEFAULTS[name]
+    expected = DEFAULTS[name] | {"device": "auto"}
+    assert {flag: value for flag, value in args.items() if flag not in PLACES} == expected

@@ -71,6 +71,18 @@ def test_values_that_make_no_sense_are_refused_in_one_line_that_names_the_flag(n
             importlib.import_module(name).Args(**{field: value})
 
 
+COUNTS = [(name, field) for name in EVERY
+          for field, kind in importlib.import_module(name).Args.__annotations__.items()
+          if kind in (int, int | None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field"), COUNTS)
+def test_what_is_counted_is_whole(name, field):
+    for value in (2.5, INF, -INF, NAN):
+        with pytest.raises(ValueError, match=rf"\A--.*\b{field.replace('_', '-')}\b.*\Z"):
+            importlib.import_module(name).Args(**{field: value})
+
+
 BAD_FLAGS = [(A2C, "gamma", 2), (A2C, "gamma", "much"), (A2C, "weights", "~/missing.pth"),
              ("mnist", "epochs", 0), (A2C_BREAKOUT, "gamma", NAN), (PLAY, "seed", -1)]  # fmt: skip
 
@@ -147,6 +159,7 @@ def test_in_a_notebooks_cell_the_kernels_flags_are_not_those_of_the_script(name,
 sys.argv = ['/packages/ipykernel_launcher.py', '-f', 'kernel.json']
 console = sys.stdout
 sys.stdout = codecs.getwriter('utf-8')(console.buffer)  # it has no reconfigure()
+import signal; del signal.SIGHUP  # as Windows has none
 """
     process = Process(kernel + code, cwd=tmp_path)
     assert process.wait() == 0 and "Args(" in process.stdout, process.stderr
@@ -195,7 +208,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     pool.map(abs, [1])
 """
     process = Process(code, cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
-    assert process.wait(30) == 0, process.stderr
+    assert process.wait() == 0, process.stderr
 
 
 FILES = dict.fromkeys(CARTPOLE, "weight_end.pth film.mp4") | {PLAY: "film.mp4"}
@@ -256,7 +269,7 @@ def test_a_signal_ends_a_run_and_what_it_has_is_kept(name, signum, words, tmp_pa
     for each in [signum, signum, "TERM", "HUP", signum]:  # as a closed terminal or a logout does
         process.send_signal(signal.Signals[f"SIG{each}"])
         time.sleep(0.002)
-    assert process.wait(20) == 130 and "Traceback" not in process.stderr
+    assert process.wait() == 130 and "Traceback" not in process.stderr
     run_dir, names = run_in(tmp_path)
     assert names == KEPT[name]
     if name in CARTPOLE:
@@ -282,6 +295,7 @@ def test_under_nohup_a_run_outlives_its_terminal(name, words, tmp_path):
     short = {"mnist": {"epochs": 9}, PLAY: {"max_attempts": 4}}.get(name, {})
     code = IGNORE_SIGHUP + "import sys; sys.stderr = None\n" + source(name)
     process = start(name, tmp_path, code, **short).until(words)
+    assert process.returncode is None
     process.send_signal(signal.SIGHUP)
     assert process.wait() == 0, process.stdout
 
@@ -355,5 +369,6 @@ def test_without_a_film_everything_else_is_kept(name, ffmpeg, room, tmp_path):
     assert process.wait() == 1 and "Traceback" not in process.stderr
     run_dir, names = run_in(tmp_path)
     error = process.stderr.splitlines()[-1]
-    assert re.fullmatch(rf"error: no film: .*{run_dir.name}", error) and len(error) < 250
+    assert re.fullmatch(rf"error: no film: .*{run_dir.name}", error)
+    assert len(error.replace(str(tmp_path), "")) < 200
     assert names == (KEPT[name] | {"result.json"}) - {"film.mp4"}

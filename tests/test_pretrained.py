@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_one_of_three_whole_games_reaches_380(tmp_path, monkeypatch):
     """
     result = play(tmp_path, monkeypatch, seed=10_006, full_games=3)
     assert len(result["scores"]) == 3 and result["max"] >= 380 and result["mean"] >= 250
+
+
+def test_it_is_found_beside_the_script_or_from_a_notebooks_cell_in_the_working_folder(
+    tmp_path, monkeypatch
+):
+    script, here = Path(play_breakout.__file__), play_breakout.PRETRAINED
+    monkeypatch.chdir(tmp_path)
+    assert runpy.run_path(str(script), run_name="imported")["PRETRAINED"] == here
+    monkeypatch.chdir(script.parent)
+    exec(script.read_text(encoding="utf-8"), cell := {"__name__": "imported"})
+    assert cell["PRETRAINED"] == here and here.exists()
 
 
 def test_the_file_is_the_one_described_and_small():

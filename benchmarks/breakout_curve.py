@@ -1,18 +1,19 @@
-"""Draws how runs of a2c_breakout.py learnt: the scores of their whole games; prints their falls.
+"""Keeps and draws how runs of a2c_breakout.py learnt: the scores of all games; prints the falls.
 
     python benchmarks/breakout_curve.py runs/seed1 runs/seed2 runs/seed3 --name breakout_3m6
     python benchmarks/breakout_curve.py runs/a runs/b --labels default higher --name trials
-    python benchmarks/breakout_curve.py benchmarks/results/breakout_10m.csv --name breakout_10m
+    python benchmarks/breakout_curve.py benchmarks/results/pong.csv --name pong --picture
 
 Reads the TensorBoard files in the runs' folders and writes, in benchmarks/results/,
 breakout_3m6.csv, a row for each game in training (the run's seed or label; timestep: when the
-game ended; length: in decisions), and breakout_3m6.png: a dot is a game, a line a running mean of
-100. From such .csv files it draws alone: their rows are there already.
+game ended; length: in decisions), and with --picture breakout_3m6.png: a dot is a game, a line a
+running mean of 100. From such .csv files it draws alone: their rows are there already.
 
-Prints for each run when the running mean first reached 100, 200, 300 and 400; how much of the last
-million timesteps went into games of over 3000 decisions, and into those among them that cleared the
-first wall (432 points); and the falls: how often the running mean lost more than a quarter of its
-highest value so far, when it had lost so much, and how deep it fell.
+Prints for each run when the running mean first reached 0 (in Pong), 100, 200, 300 and 400; how much
+of the last million timesteps went into games of over 3000 decisions, and into those among them of
+432 points or more (in Breakout they cleared the first wall); and the falls: how often the running
+mean lost more than a quarter of its highest value so far, when it had lost so much, and how deep it
+fell.
 """
 
 import argparse
@@ -44,22 +45,23 @@ def report(label: str, games: np.ndarray) -> None:
     times = timesteps[-len(mean) :]  # when each mean was reached
     print(f"{label}: {len(games)} games in {timesteps[-1]:,.0f} timesteps, "
           f"mean of the last 100 {mean[-1]:.1f}, best game {scores.max():.0f}")  # fmt: skip
-    for goal in (100, 200, 300, 400):
-        if mean.max() >= goal:
+    for goal in (0, 100, 200, 300, 400):
+        if mean[0] < goal <= mean.max():
             print(f"  {goal} after {times[np.argmax(mean >= goal)]:,.0f} timesteps")
     late = timesteps > timesteps[-1] - 1_000_000
     long, decisions = late & (lengths > LONG), lengths[late].sum()
     share, cleared = (lengths[some].sum() / decisions for some in (long, long & (scores >= WALL)))
     print(f"  last million timesteps: {share:.1%} of the decisions in games of over {LONG}, "
-          f"{cleared:.1%} in those of them that cleared the first wall")  # fmt: skip
+          f"{cleared:.1%} in those of them with {WALL} points or more")  # fmt: skip
     highest = np.maximum.accumulate(mean)
     fallen = mean < highest - 0.25 * np.abs(highest)
     for high in np.unique(highest[fallen]):  # each is one fall, until it is reached again
         below = fallen & (highest == high)
         low, (first, last) = mean[below].min(), times[below][[0, -1]]
         when = times[np.argmax(mean == high)]
+        depth = (high - low) / abs(high)
         print(f"  a fall from {high:.1f} (after {when:,.0f} timesteps) to {low:.1f}, "
-              f"{1 - low / high:.0%}; below from {first:,.0f} to {last:,.0f}")  # fmt: skip
+              f"{depth:.0%}; below from {first:,.0f} to {last:,.0f}")  # fmt: skip
 
 
 def games_of(run: Path) -> np.ndarray:
@@ -75,7 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their .csv")
     parser.add_argument("--labels", nargs="+", help="of the folders, in place of their seeds")
-    parser.add_argument("--name", required=True, help="of the two files to write")
+    parser.add_argument("--name", required=True, help="of the files to write")
+    parser.add_argument("--picture", action="store_true", help="draw them as well")
     args = parser.parse_args()
     if args.labels and len(args.labels) != len(args.runs):
         parser.error("--labels: one for each run")
@@ -107,7 +110,7 @@ def main() -> None:
         axes.plot(millions, games[:, 1], ".", markersize=2, alpha=0.15, color=f"C{number}")
         axes.plot(millions[-len(mean) :], mean, color=f"C{number}", label=label)
     scores = np.concatenate([games[:, 1] for games in curves.values()])
-    if scores.max() >= WALL:  # it is Breakout
+    if args.name.startswith("breakout"):
         axes.axhline(WALL, color="0.4", linewidth=0.8, linestyle=":", label="the first wall")
     axes.set(xlabel="timesteps (millions)", ylabel="score of a whole game (points)")
     axes.set(xlim=(0, None), ylim=(min(0, scores.min()), None))
@@ -116,7 +119,8 @@ def main() -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(RESULTS / f"{args.name}.png")
+    if args.picture:
+        figure.savefig(RESULTS / f"{args.name}.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Cuts a moving picture for the README out of a film that play_breakout.py made.
 
     python play_breakout.py --runs-dir runs/film
-    python benchmarks/breakout_gif.py runs/film/play_breakout__.../film.mp4 670 970
+    python benchmarks/breakout_gif.py runs/film/play_breakout__.../film.mp4 1560 1860
 
-Writes the film's frames 670 to 970 (15 of them are a second) to benchmarks/results/breakout.gif.
+Writes the film's frames 1560 to 1860 (15 of them are a second) to benchmarks/results/breakout.gif.
 """
 
 import argparse

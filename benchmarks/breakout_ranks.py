@@ -6,7 +6,7 @@
 Sixteen environments, played by one rank or shared by two (gloo). The averaging of the gradients
 costs time; but one rank's emulators can use a core while the other rank's network does not. The
 two take turns; what counts is the median over the rounds of the ratio within a round. The
-averaging is timed alone as well: two ranks, the network's gradients, one message.
+averaging is timed alone as well: two ranks, the network's gradients.
 
 Raw measurements in benchmarks/results/breakout_ranks.csv: seconds of one update of a training run
 (without its start-up), or of one averaging.

@@ -15,7 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cv2
 import play_breakout
+import torch
 
 
 def main() -> None:
@@ -28,6 +30,8 @@ def main() -> None:
     parser.add_argument("--sticky-actions", type=float, default=0, help="as in play_breakout.py")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # as play_breakout.py does where it is started itself
+    cv2.setNumThreads(1)
     play_breakout.film = lambda *_, **__: None  # scores alone are wanted
     try:
         result = play_breakout.play(play_breakout.Args(

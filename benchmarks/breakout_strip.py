@@ -1,6 +1,6 @@
 """Shows side by side what a run of a2c_breakout.py played after so many timesteps.
 
-    python benchmarks/breakout_strip.py runs/seed1 0 1000000 3600000
+    python benchmarks/breakout_strip.py runs/seed1 0 1080000 3600000
 
 Each policy, a weight_*.pth of the run's folder, plays ten whole games, seeds 10000 to 10009. Shown
 is the one with the fifth best score, a median, from its first decision to its last, so that nobody
@@ -70,7 +70,7 @@ def with_heading(screen: np.ndarray, text: str) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("timesteps", type=int, nargs="+", help="such as 0 1000000 3600000")
+    parser.add_argument("timesteps", type=int, nargs="+", help="such as 0 1080000 3600000")
     parser.add_argument("--seed", type=int, default=10_000, help="of each policy's first game")
     parser.add_argument("--games", type=int, default=10, help="of each policy")
     parser.add_argument("--frames", type=int, default=600, help="of the GIF")

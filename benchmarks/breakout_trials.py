@@ -25,11 +25,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import a2c_breakout as a2c  # noqa: E402 (it is found only now)
+import a2c_breakout as a2c  # noqa: E402 (it is found only now, and sets how torch's threads wait)
+import torch  # noqa: E402
 from breakout_curve import RESULTS, games_of, report  # noqa: E402
 
 TIMESTEPS, GAMES, FIRST_GAME = 3_000_000, 30, 30_000
@@ -96,8 +95,9 @@ def main() -> None:
     games = games_of(folder)
     report(name, games)
     with open(RESULTS / f"breakout_{name}.csv", "w", newline="") as file:
-        rows = [[int(number) for number in game] for game in games]
-        csv.writer(file, lineterminator="\n").writerows([("timestep", "score", "length"), *rows])
+        rows = [(args.seed, *map(int, game)) for game in games]
+        header = ("seed", "timestep", "score", "length")
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
     scores = [Path(__file__).parent / "breakout_scores.py", name, "--games", f"{GAMES}"]
     scores += ["--seed", f"{FIRST_GAME}", "--weights", folder / "weight_end.pth"]
     subprocess.run([sys.executable, *scores], check=True)

@@ -16,7 +16,6 @@ exit code (none if it had to be killed); and what the rank wrote to stderr.
 
 import argparse
 import csv
-import json
 import os
 import shutil
 import signal

@@ -86,6 +86,7 @@ def summary(name: str, rows: list[dict]) -> str:
     late = [math.inf] * (len(rows) - len(solved))
     episode = median([int(row["solved_episode"]) for row in solved] + late)
     steps = median([int(row["steps"]) for row in solved] + late)
+    steps = steps if math.isinf(steps) else math.floor(steps + 0.5)
     good = sum(score >= 195 for score in scores)
     return (
         f"| {name} | {len(solved)}/{len(rows)} | {episode:g} | {steps:,.0f} "

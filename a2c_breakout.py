@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "ale-py==0.12.1", "gymnasium[classic-control]==1.4.0", "numpy==2.4.6",
+#     "ale-py==0.12.1", "gymnasium==1.4.0", "numpy==2.4.6",
 #     "opencv-python==5.0.0.93", "tensorboard==2.21.0", "torch==2.13.0", "tyro==1.0.17",
 # ]
 # ///
@@ -28,12 +28,12 @@ synchronous; frames and network of Mnih et al., Nature 518, 2015, Methods.
     python a2c_breakout.py --resume runs/a2c_breakout__1__...    # goes on, bit for bit on a CPU
     OMP_NUM_THREADS=4 torchrun --nproc-per-node 4 a2c_breakout.py --num-envs 64     # on 16 cores
 
-A timestep is one decision in one game, four frames of the Atari; to the agent a life is an episode.
+A timestep is one decision in one game, four frames. A life is an episode, r_t the points' sign.
 First read compute_returns, compute_losses and learn(), then wrappers, network and work().
 
 Differs from the book (Yutaro Ogawa, つくりながら学ぶ！深層強化学習, 2018) in flags. The book's are
 --no-clip-rewards --value-loss-coef 0.5 --no-anneal-lr --max-idle-steps 0 --average-decay 0;
-and MaxAndSkip's maximum is taken in colour. docs/breakout.md and docs/book.md say why.
+its MaxAndSkip takes the maximum in colour. docs/breakout.md and docs/book.md say why.
 """
 
 import copy
@@ -86,7 +86,7 @@ class Args:
     rmsprop_eps: float = 1e-5  # added to RMSprop's root, in the paper inside it; above 0
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     clip_rewards: bool = True  # learn from a reward's sign; curves show the game's own points
-    max_idle_steps: int | None = None  # idle steps until a cut; 0: never; default in Breakout: 400
+    max_idle_steps: int | None = None  # unrewarded steps that end a game; 0: never; Breakout: 400
     sticky_actions: float = 0.0  # chance per frame that the last action goes on (in papers 0.25)
     value_loss_coef: float = 0.25  # weight of the value loss, from 0
     entropy_coef: float = 0.01  # weight of the entropy bonus, from 0
@@ -104,7 +104,7 @@ class Args:
         for names, good, rule in [
             ("num_envs num_steps checkpoint_every", lambda x: x >= 1 and x % 1 == 0, "1, 2, ..."),
             ("total_timesteps", lambda x: x // self.num_envs >= self.num_steps, "1 update or more"),
-            ("max_idle_steps", lambda x: x >= 0 and x % 1 == 0, "0, 1, ..."),
+            ("total_timesteps max_idle_steps", lambda x: x >= 0 and x % 1 == 0, "0, 1, ..."),
             ("value_loss_coef entropy_coef", lambda x: 0 <= x < np.inf, "from 0"),
             ("learning_rate rmsprop_eps max_grad_norm", lambda x: 1e-30 <= x < 1e30, "from 1e-30"),
             ("average_decay sticky_actions", lambda x: 0 <= x < 1, "from 0 to below 1"),
@@ -210,7 +210,7 @@ class Warp(gym.ObservationWrapper):
 
 
 class FrameStack(gym.ObservationWrapper):
-    """Shows the last four frames, (4, 84, 84) uint8, newest last; copy them to keep them."""
+    """Shows the last four screens, (4, 84, 84) uint8, newest last; copy them to keep them."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -250,7 +250,7 @@ def set_state(env: gym.Env, state: tuple) -> None:
     """Puts all that back, after a reset (without one, Qbert would go on differently)."""
     game, frames, emulator, env.unwrapped.np_random.bit_generator.state = state
     env.get_wrapper_attr("game").update(game)
-    env.set_wrapper_attr("last_action", game.get("last_action", 0))
+    env.set_wrapper_attr("last_action", game["last_action"])
     env.frames[:] = np.frombuffer(frames, np.uint8).reshape(4, 84, 84)
     env.unwrapped.ale.restoreSystemState(ale_py.ALEState(emulator))
 
@@ -569,7 +569,7 @@ def read_run(args: Args) -> tuple[Args, dict[str, Any]]:
                 raise ValueError("it is another run's")
     except Exception as error:  # damage makes torch.load raise nearly anything
         raise ValueError(f"{path} is damaged, or does not fit here: {error!r:.80}") from None
-    defaults = Args(**here), Args(saved.env_id, **here)  # a flag at its default was not given
+    defaults = Args(**here), Args(saved.env_id, **here)  # a default counts as not given
     for name, value in asdict(args).items():
         if value not in (has := getattr(saved, name), *(getattr(x, name) for x in defaults)):
             raise ValueError(f"--{name.replace('_', '-')}: {args.resume} has {has}, not {value}")
@@ -592,15 +592,15 @@ def join_ranks(args: Args, checkpoint: dict) -> None:
 def train(args: Args) -> dict[str, Any]:
     """A run, from its start or its last checkpoint; returns what result.json says.
 
-    Raises ValueError (bad input, a gradient not finite), OSError (a full disk, a dead worker ...).
+    Raises ValueError (input, gradient), OSError (disk, worker), RuntimeError (a rank has gone).
     """
+    stop_requests.pop(13, None)  # of an earlier train(), whose output nobody read
     args, checkpoint = read_run(args)
     if args.num_envs % WORLD_SIZE:
         raise ValueError(f"--num-envs must be a multiple of {WORLD_SIZE}, the number of ranks")
     num_actions = int(make_env(args.env_id).action_space.n)
-    if sys.platform == "linux":  # keep the memory that an update frees: 13% more steps/s
-        for option, size in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, size)
+    for option, size in ((-1, 2**30), (-3, 2**25)) if sys.platform == "linux" else ():
+        ctypes.CDLL(None).mallopt(option, size)  # keep what an update frees: 13% more steps/s
     torch.manual_seed(args.seed)  # the same network on all ranks
     try:
         network = ActorCritic(num_actions).share_memory()
@@ -645,7 +645,7 @@ def train(args: Args) -> dict[str, Any]:
 
 
 def request_stop(signum: int, _) -> None:
-    """Has learn stop after its update; again, over a second later, it ends hanging workers."""
+    """Has learn stop after its update; again, over a second later, it kills the workers."""
     if time.monotonic() > stop_requests.setdefault(signum, time.monotonic()) + 1:
         for process in torch.multiprocessing.active_children():
             process.kill()

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "ale-py==0.12.1", "gymnasium[classic-control]==1.4.0", "imageio[ffmpeg]==2.38.1",
+#     "ale-py==0.12.1", "gymnasium==1.4.0", "imageio[ffmpeg]==2.38.1",
 #     "numpy==2.4.6", "opencv-python==5.0.0.93", "torch==2.13.0", "tyro==1.0.17",
 # ]
 # ///
@@ -50,7 +50,7 @@ class Args:
     """Play an Atari game with a policy of a2c_breakout.py, or at random."""
 
     weights: Path = PRETRAINED  # weights or checkpoint of a run, or weights of the book
-    random: bool = False  # a first look: all actions equally likely, and first_screen.png
+    random: bool = False  # a first look: a whole game at random, and first_screen.png
     target_score: float = 400  # play lives until one scores more than this; 400 is for Breakout
     max_attempts: int = 100  # lives to play at most, 1 or more
     full_games: int | None = None  # whole games to play instead, 1 or more
@@ -172,7 +172,7 @@ class Warp(gym.ObservationWrapper):
 
 
 class FrameStack(gym.ObservationWrapper):
-    """Shows the last four frames, (4, 84, 84) uint8, newest last; copy them to keep them."""
+    """Shows the last four screens, (4, 84, 84) uint8, newest last; copy them to keep them."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -329,7 +329,7 @@ def play(args: Args) -> dict:
     After Ctrl-C the batches that are over are kept, their best is filmed, KeyboardInterrupt raised.
     """
     whole = args.random or args.full_games is not None
-    once = args.random or (args.greedy and args.sticky_actions == 0)  # the others would be alike
+    once = args.random or (args.greedy and args.sticky_actions == 0)  # greedy ones are alike
     count = args.full_games or (1 if once else args.max_attempts)
     num_envs = min(count, 16) if whole else 1  # 16 at a time are faster; attempts come one by one
     envs = [make_env(args.env_id, whole, args.sticky_actions) for _ in range(num_envs)]
@@ -362,19 +362,19 @@ def play(args: Args) -> dict:
             while playing := [game for game in batch if game.score is None]:
                 for game, action in zip(playing, act(network, playing, args.greedy, device)):
                     game.step(action)
-            games += batch  # whole batches: after Ctrl-C, long games count as often as short ones
+            games += batch  # whole batches only: Ctrl-C must not leave out the long games
             scores = [game.score for game in games]
             mean, std, low, high = np.mean(scores), np.std(scores), min(scores), max(scores)
             result = dict(seed=args.seed, seconds=time.perf_counter() - start, versions=versions)
             result |= dict(scores=scores, mean=float(mean), std=float(std), min=low, max=high)
             save(run_dir / "result.json", json.dumps(result, indent=2).encode())
             for game in batch:
-                say(f"{kind} {game.seed - args.seed + 1}: {game.score:g}")
+                say(f"{kind} {game.seed - args.seed + 1}: {game.score:.0f}")
     except KeyboardInterrupt:
         interrupted = True
         if not result:
             raise  # there is nothing to keep
-    say(f"mean {mean:.1f}, standard deviation {std:.1f}, min {low:g}, max {high:g}")
+    say(f"mean {mean:.1f}, standard deviation {std:.1f}, min {low:.0f}, max {high:.0f}")
     best = max(games, key=lambda game: game.score)
     say(f"filming {kind} {best.seed - args.seed + 1}; everything else is in {run_dir}")
     film(best, run_dir / "film.mp4", zoom=3)

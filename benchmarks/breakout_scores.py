@@ -42,10 +42,10 @@ def main() -> None:
         sys.exit(f"error: {error}")
     path = ROOT / "benchmarks" / "results" / f"breakout_scores_{args.name}.csv"
     with open(path, "w", newline="") as file:
-        rows = [(args.seed + game, f"{score:g}") for game, score in enumerate(result["scores"])]
+        rows = [(args.seed + game, f"{score:.0f}") for game, score in enumerate(result["scores"])]
         csv.writer(file, lineterminator="\n").writerows([("seed", "score"), *rows])
     print(f"{path.name}: mean {result['mean']:.1f}, standard deviation {result['std']:.1f}, "
-          f"min {result['min']:g}, max {result['max']:g}")  # fmt: skip
+          f"min {result['min']:.0f}, max {result['max']:.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":

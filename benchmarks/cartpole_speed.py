@@ -43,7 +43,7 @@ STEPS = {"dqn_cartpole": 10_000, "a2c_cartpole": 200_000}  # some ten seconds ea
 
 
 def time_ours(name: str, steps: int) -> dict:
-    """Trains with the seeds 0, 1, 2 ..., each until it is solved, until so many steps are played."""
+    """Trains with the seeds 0, 1, 2 ..., each until solved, until so many steps are played."""
     import torch
 
     torch.set_num_threads(1)

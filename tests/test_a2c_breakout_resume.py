@@ -200,6 +200,13 @@ def test_in_a_notebook_a_stop_request_is_not_one_to_the_next_run(tmp_path, whole
     assert ending(tmp_path) == ending(whole)
 
 
+def test_output_that_nobody_read_is_no_stop_request_to_the_next_run(tmp_path):
+    """In a program with several of them, `| head` ends the first."""
+    a2c.stop_requests[13] = time.monotonic()  # as say() leaves it
+    train(tmp_path)
+    assert load(tmp_path / "checkpoint.pth")["progress"]["timesteps"] == 20
+
+
 # ---- a run that goes on ends as if nothing had been ----
 
 

@@ -592,7 +592,7 @@ def join_ranks(args: Args, checkpoint: dict) -> None:
 def train(args: Args) -> dict[str, Any]:
     """A run, from its start or its last checkpoint; returns what result.json says.
 
-    Raises ValueError (input, gradient), OSError (disk, worker), RuntimeError (a rank has gone).
+    Raises ValueError (bad input, no finite gradient), OSError (disk, worker), RuntimeError (ranks).
     """
     stop_requests.pop(13, None)  # of an earlier train(), whose output nobody read
     args, checkpoint = read_run(args)

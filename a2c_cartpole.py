@@ -99,7 +99,7 @@ class Args:
     value_loss_coef: float = 0.5  # weight of the value loss, 0 or more
     entropy_coef: float = 0.01  # weight of the entropy, 0 or more
     max_grad_norm: float = 0.5  # norm that the gradient has at most (clipping), above 0
-    average_decay: float = 0.975  # share the mean weights keep per update, below 1; 0 is the book
+    average_decay: float = 0.975  # share the mean weights keep per update, below 1; 0 is the book's
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         for name, kind in Args.__annotations__.items():

@@ -92,7 +92,7 @@ class Args:
     gamma: float = 0.99  # discount of a reward one step later, from 0 to 1
     epsilon: float = 0.5  # chance of a random action, divided by n + 1 in episode n, from 0 to 1
     zero_init: bool = True  # all values start at 0; --no-zero-init is the book's way
-    average_decay: float = 0.998  # share the mean weights keep per update, below 1; 0 is the book
+    average_decay: float = 0.998  # share the mean weights keep per update, below 1; 0 is the book's
 
     def __post_init__(self):  # tyro shows the error; a NaN fails every comparison
         for name, kind in Args.__annotations__.items():

@@ -39,7 +39,7 @@ Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start it takes longer: --no-zero-init
 - A moving average of the weights is kept, as the last update can be bad: --average-decay 0
 - The target network starts as a copy of the network, in the book as another random one.
-- The memory is one table, not a list of named tuples; a batch is drawn with replacement.
+- The memory is one table, not a list of named tuples; a uniform batch is drawn with replacement.
 """
 
 import copy

@@ -47,7 +47,7 @@ less. Training ends after 10 successes in a row, or 500 episodes.
 Differs from the book (a flag, where given, brings the book's way back):
 - The output layer starts at zero; from a random start some seeds fail: --no-zero-init
 - A moving average of the weights is kept, as the last update can be bad: --average-decay 0
-- The memory is one table, not a list of named tuples; a batch is drawn with replacement.
+- The memory is one table, not a list of named tuples; a uniform batch is drawn with replacement.
 """
 
 import copy

@@ -44,7 +44,7 @@ Differs from the book (a flag, where given, brings the book's way back):
 - alpha is 0.6, beta 0.4, where the paper's begins; the book's are 1 and 0: --alpha 1 --beta 0
 - A draw returns the transition on which its random point falls, in the book the one after it.
 - The target network starts as a copy of the network, in the book as another random one.
-- The memory is one table, not a list of named tuples; a batch is drawn with replacement.
+- The memory is one table, not a list of named tuples; a uniform batch is drawn with replacement.
 """
 
 import copy

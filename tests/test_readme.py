@@ -27,7 +27,7 @@ TOOLS = set("--index-url --logdir --no-index --shm-size --slow".split())  # of p
 TOOLS |= set("--nnodes --nproc-per-node --node-rank --master-addr --master-port".split())
 TOOLS |= set("--rdzv-backend --rdzv-id --rdzv-endpoint --rdzv-conf --local-addr".split())
 TOOLS |= {"--signals-to-handle", "--max-restarts"}  # of torchrun, like the rest of them
-LONG = ["10m_seed1", "10m_seed2", "10m_seed3", "10m_seed4", "10m_seed5"]
+LONG = [f"10m_seed{seed}" for seed in range(1, 7)]
 SHORT = ["3m6_seed4", "3m6_seed5", "3m6_seed6"]
 PACKAGES = {  # import name: requirement, where they differ
     "cv2": "opencv-python",
